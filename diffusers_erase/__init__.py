@@ -1,0 +1,62 @@
+"""Take a concept out of a text-to-image pipeline, keep everything else, prove both, undo it, combine it and ship it.
+
+    from diffusers_erase import erase, load_erasure
+
+    adapter = erase(pipe, "Van Gogh")       # computes; the pipe stays as it was
+    load_erasure(pipe, adapter)             # attaches; unload_erasure(pipe) gives back every bit
+
+Read the package in the order of its files' imports: errors, solve, edits, sites, text, task, methods, hub, adapter, attach,
+mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of pictures `diffusers_erase.bench`.
+"""
+
+from .adapter import ErasureAdapter, compose
+from .attach import (
+    ErasureStatus,
+    delete_erasures,
+    disable_erasure,
+    enable_erasure,
+    erasure_status,
+    fuse_erasure,
+    get_active_erasures,
+    get_list_erasures,
+    load_erasure,
+    save_erasure,
+    set_erasures,
+    unfuse_erasure,
+    unload_erasure,
+)
+from .erasing import erase
+from .errors import ConflictError, EraseError, MismatchError
+from .mixin import ErasureLoaderMixin, disable, enable
+from .task import METHODS, method
+from .text import PackRecipe
+from .version import __version__
+
+__all__ = [
+    "METHODS",
+    "ConflictError",
+    "EraseError",
+    "ErasureAdapter",
+    "ErasureLoaderMixin",
+    "ErasureStatus",
+    "MismatchError",
+    "PackRecipe",
+    "__version__",
+    "compose",
+    "delete_erasures",
+    "disable",
+    "disable_erasure",
+    "enable",
+    "enable_erasure",
+    "erase",
+    "erasure_status",
+    "fuse_erasure",
+    "get_active_erasures",
+    "get_list_erasures",
+    "load_erasure",
+    "method",
+    "save_erasure",
+    "set_erasures",
+    "unfuse_erasure",
+    "unload_erasure",
+]

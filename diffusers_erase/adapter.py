@@ -1,0 +1,240 @@
+"""The artefact: an erasure as a frozen value that is saved, loaded, composed and exported.
+
+An adapter is an `Edit` and its provenance. It holds no pipeline and no solution; the same rows have three forms, the map on
+text states, edited weights, and a LoRA.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import edits, hub
+from .edits import Edit, Label
+from .errors import EraseError, MismatchError
+from .sites import sites, text_readers
+from .text import Fingerprint
+from .version import __version__
+
+TENSORS = ("keys", "offsets", "pulled", "strengths")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one concept was erased: enough to do it again."""
+
+    concept: str
+    coreferences: tuple[str, ...]
+    targets: tuple[str, ...]
+    preserve: tuple[str, ...]
+    method: str
+    options: dict[str, Any]
+    tokens: str
+    templates: tuple[str, ...] | None
+    """None for the package's own list."""
+    residual: float
+    effect: float
+    """Share of the way to its target that the bare name goes: measured again at every load."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Recipe":
+        lists = {k: tuple(data[k]) for k in ("coreferences", "targets", "preserve")}
+        return cls(**(data | lists | {"templates": None if data["templates"] is None else tuple(data["templates"])}))
+
+
+@dataclass(frozen=True, eq=False)
+class ErasureAdapter:
+    """An erasure of one or several concepts, for every pipeline with the text encoder that it was made on.
+
+    Example:
+        >>> adapter = erase(pipe, "Van Gogh", target="a painter")
+        >>> adapter.save_pretrained("erase-van-gogh")
+        >>> pipe.load_erasure("erase-van-gogh")
+    """
+
+    edit: Edit
+    encoder: Fingerprint
+    recipes: tuple[Recipe, ...]
+    base_model: str = ""
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The erased concepts."""
+        return self.edit.concepts
+
+    @property
+    def digest(self) -> str:
+        """sha256 over rows, labels, pack and recipes: two adapters with one digest do the same."""
+        return hub.digest([self.edit.digest, [asdict(recipe) for recipe in self.recipes], asdict(self.encoder)])
+
+    @property
+    def size(self) -> int:
+        """Bytes of the rows."""
+        return sum(getattr(self.edit, name).nbytes for name in TENSORS)
+
+    def save_pretrained(self, directory: str | Path, *, model: Any = None) -> Path:
+        """Write the adapter folder: `erasure.safetensors`, `erasure_config.json`, `README.md`.
+
+        Args:
+            model: a pipeline or its UNet; given one, the LoRA twin for it is written too (`pytorch_lora_weights.safetensors`).
+        """
+        folder = hub.write_adapter(directory, {name: getattr(self.edit, name) for name in TENSORS}, self._head())
+        hub.write_text(folder / "README.md", self.card())
+        if model is not None:
+            hub.write_tensors(folder / hub.LORA, self.to_lora(model), {"format": "pt"})
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "ErasureAdapter":
+        """The adapter in a folder or file, checked: format, shapes, finite values, labels, digest.
+
+        Raises:
+            EraseError: it is not there, or not what it says it is.
+        """
+        tensors, head = hub.read_adapter(source)
+        try:
+            adapter = cls._from_parts(tensors, head)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, EraseError):
+                raise
+            raise MismatchError(f"{source} lacks or garbles a part of its head ({error!r}): fetch or save the adapter again") from error
+        if adapter.digest != head.get("digest"):
+            raise MismatchError(
+                f"{source} has digest {adapter.digest[:12]}, its head promises {str(head.get('digest'))[:12]}: the file was changed "
+                f"after it was saved; fetch it again"
+            )
+        return adapter
+
+    def to_lora(self, model: Any) -> dict[str, Tensor]:
+        """This erasure as a LoRA for stock diffusers: `pipe.load_lora_weights(adapter.to_lora(pipe))`.
+
+        Rank = moving rows, alpha = rank. A twin is the linear part of a gated adapter; twins of several adapters add up
+        instead of being solved together; and stock LoRA calls can switch them off: `load_erasure` has none of these limits.
+
+        Args:
+            model: the pipeline, or its UNet, whose `to_k` and `to_v` weights the factors are made for.
+        """
+        factors = self._factors(model)
+        return {
+            f"unet.{path}.{part}.weight": tensor
+            for path, pair in factors.items()
+            for part, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+        }
+
+    def to_kohya(self, model: Any) -> dict[str, Tensor]:
+        """The LoRA twin under kohya's names (`lora_unet_…lora_down.weight`, `.lora_up.weight`, `.alpha`)."""
+        state = {}
+        for path, (down, up) in self._factors(model).items():
+            name = f"lora_unet_{path.replace('.', '_')}"
+            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(len(down)))}
+        return state
+
+    def card(self) -> str:
+        """The model card: what was erased, how, and what was not tested."""
+        base = f"base_model: {self.base_model}\nbase_model_relation: adapter\n" if "/" in self.base_model.strip("/.") else ""
+        rows = "\n".join(
+            f"| {r.concept} | {' + '.join(r.targets) or 'empty prompt'} | {r.method} | {r.tokens} | {r.residual:g} | {r.effect:.3f} |"
+            for r in self.recipes
+        )
+        return _CARD.format(
+            base=base,
+            names=", ".join(self.concepts),
+            rows=rows,
+            preserved=", ".join(self.edit.preserved) or "none by name",
+            pack=self.edit.pack,
+            digest=self.digest,
+            size=self.size,
+        )
+
+    def _factors(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A `[r, d]`, W Dᵀ `[o, r]`) of every site, float32, contiguous."""
+        reader = text_readers(model)["unet"] if hasattr(model, "unet") else model
+        moving = self.edit.moving
+        A, D = self.edit.detectors()[moving], self.edit.offsets.double()[moving]
+        layers = {path: linear.weight for path, linear in sites(reader).items() if not path.endswith("to_kv")}
+        if any(weight.shape[1] != self.edit.width for weight in layers.values()):
+            raise MismatchError(f"the adapter edits text states of width {self.edit.width}; this model reads another width")
+        return {
+            path: (A.float().clone(), (weight.detach().cpu().double() @ D.mT).float().contiguous()) for path, weight in layers.items()
+        }
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "kind": "rows",
+            "rows": len(self.edit.labels),
+            "width": self.edit.width,
+            "labels": self.edit.labels,
+            "pack": [self.edit.pack, self.edit.pack_digest],
+            "encoder": asdict(self.encoder),
+            "recipes": [asdict(recipe) for recipe in self.recipes],
+            "base_model": self.base_model,
+            "digest": self.digest,
+            "made_with": __version__,
+        }
+
+    @classmethod
+    def _from_parts(cls, tensors: dict[str, Tensor], head: dict[str, Any]) -> "ErasureAdapter":
+        if head["kind"] != "rows":
+            raise MismatchError(f"this file holds {head['kind']!r}, this version reads 'rows': install a newer diffusers-erase")
+        if set(tensors) != set(TENSORS):
+            odd = sorted(set(tensors) ^ set(TENSORS))[0]
+            raise MismatchError(f"the file's tensors are not those of an erasure ({odd!r} is missing or foreign): expected {', '.join(TENSORS)}")
+        k, d = head["rows"], head["width"]
+        for name, tensor in tensors.items():
+            expected = (k,) if name == "strengths" else (k, d)
+            if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+                raise MismatchError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the head promises {expected} float32: the file is damaged")
+        encoder = Fingerprint(**(head["encoder"] | {"states": tuple(head["encoder"]["states"])}))
+        pack, pack_digest = head["pack"]
+        labels = tuple(Label.from_json(entry) for entry in head["labels"])
+        edit = Edit(labels=labels, pack=pack, pack_digest=pack_digest, **tensors)
+        return cls(edit, encoder, tuple(Recipe.from_json(r) for r in head["recipes"]), head["base_model"])
+
+
+def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: float | None = 0.2) -> ErasureAdapter:
+    """One adapter of all rows of `adapters`, solved together: exact, in any order, each row once (see `edits.compose`).
+
+    Raises:
+        ConflictError: they contradict each other or stand on different base packs.
+        MismatchError: they were made on different text encoders.
+    """
+    if not adapters:
+        raise EraseError("compose needs at least one adapter")
+    encoders = sorted({a.encoder for a in adapters}, key=lambda e: e.states)
+    for other in encoders[1:]:
+        encoders[0].check(other)
+    recipes = {hub.canonical(asdict(r)): r for a in adapters for r in a.recipes}
+    return ErasureAdapter(
+        edit=edits.compose(*(a.edit for a in adapters), chains=chains, residual_max=residual_max),
+        encoder=encoders[0],
+        recipes=tuple(recipes[key] for key in sorted(recipes)),
+        base_model=min(a.base_model for a in adapters),
+    )
+
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+{base}tags: [text-to-image, diffusers, concept-erasure, erasure]
+---
+# Erasure: {names}
+
+A suppression of the text states of: {names}. Attach it to any Stable Diffusion pipeline with the same text encoder:
+
+```python
+from diffusers_erase import load_erasure
+
+load_erasure(pipe, "this folder or repository")
+```
+
+| concept | sent to | method | tokens | residual | effect on the bare name |
+|---|---|---|---|---|---|
+{rows}
+
+Preserved: {preserved}. Base pack: {pack}. Rows: {size} bytes. Digest: `{digest}`.
+
+**Not tested by making this file:** images, paraphrases, attacks, other languages. This is guidance away from a concept by its
+name, not a removal of knowledge from the weights: image prompts, inpainting, textual inversion and tuning can bring it back.
+"""

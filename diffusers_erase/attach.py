@@ -1,0 +1,536 @@
+"""Erasures in force on a pipeline: the registry, the hook, fused weights, and the way back. Only this file changes a pipeline.
+
+The default form is a top-level forward pre-hook on every component that reads text. It maps the embeddings, so nothing that
+is done to the model inside (LoRA, IP-Adapter, fused projections, quantisation, compilation) can switch it off. Fused form
+writes plain weights and keeps the original bits; it restores from what was kept, never by subtraction.
+
+State lives on the modules, not on the pipeline: pipelines that share a UNet share its erasures, and mapping happens once.
+Every change is computed whole before anything is touched.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import edits
+from .adapter import ErasureAdapter, compose
+from .edits import Edit, Gate
+from .errors import EraseError, MismatchError
+from .sites import check_fusable, feeds_controlnet, fused_pairs, sites, text_readers, text_width, unwrapped, with_text
+from .text import Encoder
+
+ATTRIBUTE = "_diffusers_erase"
+"""Where a module keeps its attachment."""
+
+EFFECT_TOLERANCE = 0.15
+"""How far the effect measured at load may lie from the one recorded when the concept was erased."""
+
+ROW_SIZES = (8, 32, 128, 512)
+"""Maps are padded to these numbers of rows, so that changing a set rarely changes a shape."""
+
+
+class EmbeddingMap:
+    """e ↦ e + φ(e Aᵀ) D in float32, cast back once. φ is the identity, or each row's gate. Pure: no counters, no memo.
+
+    Beyond half the width in rows the product AᵀD is one dense matrix, unless a gate needs the detectors apart.
+    """
+
+    def __init__(self, edit: Edit):
+        moving = edit.moving
+        A, D = edit.detectors()[moving], edit.offsets.double()[moving]
+        gates = [label.gate for label in edit.labels if label.targets is not None]
+        self.gates: Tensor | None = None
+        if any(gates):
+            # A row without a gate has a threshold so low that its sigmoid is 1 in float32.
+            self.gates = _padded(torch.tensor([gate or Gate(-100.0, 1.0) for gate in gates])).float()
+            self.gates[len(gates) :, 1] = 1.0
+        dense = self.gates is None and len(A) > edit.width // 2
+        self.left = (A.mT @ D if dense else _padded(A).mT).float().contiguous()
+        self.right = None if dense else _padded(D).float()
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Mapped states, same shape and dtype as `states [..., d]`."""
+        e = states.float()
+        x = e @ self.left.to(e.device)
+        if self.gates is not None:
+            threshold, width = self.gates.to(e.device).unbind(-1)
+            x = x * torch.sigmoid((x.abs() - threshold) / width)
+        moved = x if self.right is None else x @ self.right.to(e.device)
+        return (e + moved).to(states.dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One loaded adapter."""
+
+    adapter: ErasureAdapter
+    strength: float = 1.0
+    active: bool = True
+    verified: bool = True
+    """False where it was loaded with `strict=False` and its checks did not pass or did not run."""
+
+
+@dataclass(eq=False)
+class Registry:
+    """What is loaded on a set of modules and in which form. One registry is shared by all text readers of a pipeline."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    enabled: bool = True
+    fused: bool = False
+    readers: set[str] = field(default_factory=set)
+    map: EmbeddingMap | None = None
+
+    @property
+    def in_force(self) -> tuple[str, ...]:
+        """Names of the adapters that act now."""
+        return tuple(n for n, e in self.entries.items() if e.active and e.strength > 0) if self.enabled else ()
+
+
+@dataclass
+class Kept:
+    """The original bits of a fused weight, and the digest of what was written instead."""
+
+    base: Tensor
+    written: str
+
+
+class Attachment:
+    """The pre-hook on one module. An object rather than a closure, so that a deep copy of the module carries its own."""
+
+    def __init__(self, registry: Registry, module: nn.Module):
+        self.registry = registry
+        self.kept: dict[nn.Linear, Kept] = {}
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        registry = self.registry
+        if registry.map is None and not (registry.fused and registry.in_force):
+            return None
+        if feeds_controlnet(kwargs) and not any(name.startswith("controlnet") for name in registry.readers):
+            raise EraseError(
+                "a ControlNet feeds this UNet and reads the prompt without the erasure: call enable_erasure on the pipeline "
+                "that has the ControlNet, so that it is attached there too"
+            )
+        return None if registry.map is None else with_text(args, kwargs, registry.map)
+
+
+class SaveGuard:
+    """Stands in for a module's `save_pretrained` while an unfused erasure is in force: the files would hold the un-erased model."""
+
+    def __init__(self, attachment: Attachment, module: nn.Module):
+        self.attachment = attachment
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attachment.registry.map is not None:
+            raise EraseError(
+                "save_pretrained would write the model without its erasure: call fuse_erasure() first to save an erased model, "
+                "save_erasure(folder) to save the adapter, or unload_erasure() to save the plain model"
+            )
+        return type(self.module).save_pretrained(self.module, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ErasureStatus:
+    """What was requested of a pipeline, and what is in force."""
+
+    requested: dict[str, dict[str, Any]]
+    """By adapter name: concepts, digest, strength, active, verified."""
+    in_force: tuple[str, ...]
+    mode: str
+    """`map`, `fused`, or `none` where nothing is in force."""
+    components: tuple[str, ...]
+    """The components of this pipeline that carry the erasure."""
+    residuals: dict[str, float]
+    """Of each concept in force, the share that is left in this set."""
+    overruled: tuple[str, ...]
+    """Names that one adapter preserves and another erases: they are erased."""
+    notes: tuple[str, ...]
+    """What a text-side erasure cannot see here, and what was waived."""
+
+    def __str__(self) -> str:
+        if not self.requested:
+            return "no erasures loaded"
+        lines = [f"erasures in force ({self.mode}) on {', '.join(self.components)}: {', '.join(self.in_force) or 'none'}"]
+        for name, entry in self.requested.items():
+            left = ", ".join(f"{c} (left {self.residuals[c]:.3f})" if c in self.residuals else c for c in entry["concepts"])
+            state = "in force" if name in self.in_force else "off"
+            lines.append(f"  {name}: {left}; strength {entry['strength']:g}; {state}; {entry['digest'][:12]}")
+        lines += [f"  preserved by one, erased by another (erased): {name}" for name in self.overruled]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def load_erasure(
+    pipe: Any,
+    source: Any,
+    adapter_name: str | Sequence[str] | None = None,
+    *,
+    strength: float = 1.0,
+    mode: str = "auto",
+    strict: bool = True,
+    chains: str = "error",
+    residual_max: float | None = 0.2,
+) -> None:
+    """Attach erasures to `pipe`; everything that is checked is checked before anything changes.
+
+    Args:
+        source: a folder, a file, an `ErasureAdapter`, or a list of them.
+        adapter_name: name, or one for each source; by default made from the concepts.
+        strength: 1 is the adapter's own residual r; w gives the residual 1 − w(1 − r).
+        mode: `"map"`, `"fused"`, or `"auto"` (fused if the pipe's erasures are fused already, else map).
+        strict: False loads an adapter whose text encoder or effect does not match; the status says so for as long as it is there.
+        chains, residual_max: see `compose`.
+
+    Raises:
+        EraseError: and nothing is attached.
+
+    Example:
+        >>> load_erasure(pipe, "erase-van-gogh")
+        >>> image = pipe("a painting by Van Gogh").images[0]
+    """
+    if mode not in ("auto", "map", "fused"):
+        raise EraseError(f"mode is 'auto', 'map' or 'fused': got {mode!r}; for a stock LoRA use adapter.to_lora(pipe)")
+    _check_strengths([strength])
+    readers = text_readers(pipe)
+    registry = _registry(readers) or Registry()
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    adapters = [s if isinstance(s, ErasureAdapter) else ErasureAdapter.from_pretrained(s) for s in sources]
+    if not adapters:
+        raise EraseError("no erasure given: expected a folder, a file, an ErasureAdapter, or a list of them")
+    names = _names(adapters, adapter_name, registry.entries)
+    for adapter in adapters:
+        _check_width(adapter, readers)
+    entries = {n: Entry(a, strength, True, _verify(pipe, a, strict)) for n, a in zip(names, adapters, strict=True)}
+    fused = registry.fused if mode == "auto" else mode == "fused"
+    _commit(readers, registry, registry.entries | entries, registry.enabled, fused, chains, residual_max)
+
+
+def unload_erasure(pipe: Any) -> None:
+    """Detach every erasure: weights, hooks and outputs are bit for bit what they were. Does nothing where there is none."""
+    readers = text_readers(pipe)
+    if registry := _registry(readers):
+        _commit(readers, registry, {}, True, False)
+
+
+def delete_erasures(pipe: Any, adapter_names: str | Iterable[str]) -> None:
+    """Detach some erasures; the others are solved again without their rows."""
+    readers, registry = _loaded(pipe)
+    gone = _known(registry, adapter_names)
+    left = {name: entry for name, entry in registry.entries.items() if name not in gone}
+    _commit(readers, registry, left, registry.enabled or not left, registry.fused and bool(left))
+
+
+def set_erasures(pipe: Any, adapter_names: str | Iterable[str], strengths: float | Sequence[float] | None = None) -> None:
+    """Make exactly these erasures active, each with its strength (None: as it was loaded)."""
+    readers, registry = _loaded(pipe)
+    names = _known(registry, adapter_names)
+    given = [strengths] * len(names) if strengths is None or isinstance(strengths, (int, float)) else list(strengths)
+    if len(given) != len(names):
+        raise EraseError(f"{len(names)} erasures but {len(given)} strengths: give one strength, or one for each name")
+    _check_strengths([s for s in given if s is not None])
+    chosen = dict(zip(names, given, strict=True))
+    entries = {
+        name: replace(entry, active=name in chosen, strength=entry.strength if chosen.get(name) is None else float(chosen[name]))  # type: ignore[arg-type]
+        for name, entry in registry.entries.items()
+    }
+    _commit(readers, registry, entries, registry.enabled, registry.fused)
+
+
+def enable_erasure(pipe: Any) -> None:
+    """Put the active erasures in force again, on every component of this pipeline that reads text."""
+    readers, registry = _loaded(pipe)
+    _commit(readers, registry, registry.entries, True, registry.fused)
+
+
+def disable_erasure(pipe: Any) -> AbstractContextManager[None]:
+    """Put all erasures out of force. Used as a context manager, what was in force is again at its end.
+
+    Example:
+        >>> with disable_erasure(pipe):
+        ...     before = pipe("a painting by Van Gogh").images[0]
+    """
+    readers, registry = _loaded(pipe)
+    was = registry.enabled
+    _commit(readers, registry, registry.entries, False, registry.fused)
+    return _Restored(pipe, was)
+
+
+def fuse_erasure(pipe: Any) -> None:
+    """Write the erasures in force into the weights; later changes of the set are written as well, each from the original bits."""
+    readers, registry = _loaded(pipe)
+    _commit(readers, registry, registry.entries, registry.enabled, True)
+
+
+def unfuse_erasure(pipe: Any) -> None:
+    """Give back the original bits of every weight; the erasures stay in force as a map."""
+    readers, registry = _loaded(pipe)
+    _commit(readers, registry, registry.entries, registry.enabled, False)
+
+
+def get_active_erasures(pipe: Any) -> list[str]:
+    """Names of the erasures in force."""
+    registry = _registry(text_readers(pipe))
+    return list(registry.in_force) if registry else []
+
+
+def get_list_erasures(pipe: Any) -> dict[str, list[str]]:
+    """Names of the loaded erasures, by component."""
+    found = {name: _attachment(reader) for name, reader in text_readers(pipe).items()}
+    return {name: list(a.registry.entries) for name, a in found.items() if a and a.registry.entries}
+
+
+def save_erasure(pipe: Any, directory: str | Path, adapter_name: str | None = None) -> Path:
+    """Save a loaded erasure, or without a name the composition of all that are in force, at the strength they were made with."""
+    _, registry = _loaded(pipe)
+    names = registry.in_force if adapter_name is None else _known(registry, adapter_name)
+    if not names:
+        raise EraseError("no erasure is in force: name the one to save, or enable_erasure() first")
+    return compose(*(registry.entries[n].adapter for n in names), residual_max=None).save_pretrained(directory)
+
+
+def erasure_status(pipe: Any) -> ErasureStatus:
+    """What was requested of `pipe` and what is in force, without changing anything."""
+    readers = text_readers(pipe)
+    registry = _registry(readers) or Registry()
+    edit = _edit(registry.entries, registry.enabled, "follow", None)
+    active = [registry.entries[n].adapter.edit for n in registry.in_force]
+    attached = tuple(n for n, r in readers.items() if _attachment(r) is not None)
+    return ErasureStatus(
+        requested={
+            n: {"concepts": e.adapter.concepts, "digest": e.adapter.digest, "strength": e.strength, "active": e.active, "verified": e.verified}
+            for n, e in registry.entries.items()
+        },
+        in_force=registry.in_force,
+        mode="none" if edit is None else "fused" if registry.fused else "map",
+        components=attached,
+        residuals={} if edit is None else edit.residuals(),
+        overruled=edits.overruled(active),
+        notes=tuple(_notes(pipe, registry, set(readers) - set(attached))) if registry.entries else (),
+    )
+
+
+class _Restored:
+    """Puts erasures back in force at the end of a `with`; outside of one it does nothing."""
+
+    def __init__(self, pipe: Any, enabled: bool):
+        self.pipe, self.enabled = pipe, enabled
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        if self.enabled:
+            enable_erasure(self.pipe)
+
+
+def effect(encoder: Encoder, edit: Edit, concept: str) -> float:
+    """Share of the way to its target that the bare name of `concept` goes under `edit`, averaged over its token roles."""
+    mapping = EmbeddingMap(edit)
+    rows = [i for i, label in enumerate(edit.labels) if label.targets is not None and label.concept == label.name == concept]
+    states = encoder.rows(concept, tuple(edit.labels[i].role for i in rows), ("{}",))
+    shares = []
+    for i in rows:
+        e, D = states[edit.labels[i].role].float(), edit.offsets[i].float()
+        shares.append(float((mapping(e) - e) @ D / (D @ D)))
+    return sum(shares) / len(shares)
+
+
+def _commit(
+    readers: dict[str, nn.Module],
+    registry: Registry,
+    entries: dict[str, Entry],
+    enabled: bool,
+    fused: bool,
+    chains: str = "follow",
+    residual_max: float | None = None,
+) -> None:
+    """Make this the state of all readers. Computes and checks first; from the first write on nothing can fail.
+
+    Only loading can bring in a chain or crowd a set beyond its limit, so only loading checks these again.
+    """
+    edit = _edit(entries, enabled, chains, residual_max)
+    mapping = EmbeddingMap(edit) if edit is not None and not fused else None
+    plans = [_weight_plan(r, _attachment(r), edit if fused else None) for r in readers.values()]
+    for reader, plan in zip(readers.values(), plans, strict=True):
+        attachment = _attachment(reader) or _attach(registry, reader)
+        attachment.kept = _write(plan, keep=fused and edit is not None)
+    registry.entries, registry.enabled, registry.fused, registry.map = dict(entries), enabled, fused, mapping
+    registry.readers |= set(readers)
+    if not entries:
+        registry.readers.clear()
+        for reader in readers.values():
+            _detach(reader)
+
+
+def _edit(entries: dict[str, Entry], enabled: bool, chains: str, residual_max: float | None) -> Edit | None:
+    """The composed edit of the active entries, or None where nothing acts."""
+    acting = [e for e in entries.values() if e.active and e.strength > 0] if enabled else []
+    if not acting:
+        return None
+    compose(*(e.adapter for e in acting), chains=chains, residual_max=residual_max)
+    return edits.compose(*(e.adapter.edit.softened(e.strength) for e in acting), chains=chains, residual_max=None)
+
+
+def _weight_plan(reader: nn.Module, attachment: Attachment | None, edit: Edit | None) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
+    """(original, new) bits of every weight to write; `edit` None restores. Empty where no weight is or becomes fused."""
+    kept = attachment.kept if attachment else {}
+    if edit is None and not kept:
+        return {}
+    for linear, record in kept.items():
+        if _fingerprint(linear.weight) != record.written:
+            raise EraseError(
+                "a fused weight was changed since fuse_erasure (by fuse_lora, or by hand), so its original bits cannot be given "
+                "back: undo that change first (unfuse_lora), or reload the model"
+            )
+    if edit is not None:
+        check_fusable(reader)
+    base = {linear: record.base for linear, record in kept.items()}
+    for pair, key, value in fused_pairs(reader):
+        if pair not in base and key in base:  # the host copied our fused weights into one: its original is the originals'
+            base[pair] = torch.cat([base[key], base[value]])
+    base |= {linear: linear.weight.detach().clone() for linear in sites(reader).values() if edit is not None and linear not in base}
+    if edit is None:
+        return {linear: (bits, bits) for linear, bits in base.items()}
+    moving = edit.moving
+    A, D = edit.detectors()[moving], edit.offsets.double()[moving]
+    return {linear: (bits, _edited(bits, D, A)) for linear, bits in base.items()}
+
+
+def _edited(bits: Tensor, offsets: Tensor, detectors: Tensor) -> Tensor:
+    from .solve import edited_weight
+
+    new = edited_weight(bits, offsets.to(bits.device), detectors.to(bits.device)).to(bits.dtype)
+    if not bool(new.isfinite().all()):
+        raise EraseError(f"the edited weights overflow {bits.dtype}: keep the erasure as a map, or fuse in a wider dtype")
+    return new
+
+
+@torch.no_grad()
+def _write(plan: dict[nn.Linear, tuple[Tensor, Tensor]], keep: bool) -> dict[nn.Linear, Kept]:
+    for linear, (_, new) in plan.items():
+        linear.weight.copy_(new)
+    return {linear: Kept(base, _fingerprint(new)) for linear, (base, new) in plan.items()} if keep else {}
+
+
+def _fingerprint(weight: Tensor) -> str:
+    bits = weight.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(bits.numpy()).hexdigest()
+
+
+def _attachment(reader: nn.Module) -> Attachment | None:
+    return unwrapped(reader).__dict__.get(ATTRIBUTE)
+
+
+def _attach(registry: Registry, reader: nn.Module) -> Attachment:
+    attachment = Attachment(registry, reader)
+    module = unwrapped(reader)
+    module.__dict__[ATTRIBUTE] = attachment
+    module.__dict__["save_pretrained"] = SaveGuard(attachment, module)
+    return attachment
+
+
+def _detach(reader: nn.Module) -> None:
+    module = unwrapped(reader)
+    if attachment := module.__dict__.pop(ATTRIBUTE, None):
+        attachment.handle.remove()
+        module.__dict__.pop("save_pretrained")
+
+
+def _registry(readers: dict[str, nn.Module]) -> Registry | None:
+    """The registry that these modules share, found on any of them."""
+    found = [a.registry for a in map(_attachment, readers.values()) if a is not None]
+    if any(registry is not found[0] and registry.entries for registry in found):
+        raise EraseError(
+            f"the components of this pipeline ({', '.join(readers)}) carry erasures that were loaded on different pipelines: "
+            f"unload_erasure on those pipelines first, then load here"
+        )
+    return found[0] if found else None
+
+
+def _loaded(pipe: Any) -> tuple[dict[str, nn.Module], Registry]:
+    readers = text_readers(pipe)
+    registry = _registry(readers)
+    if registry is None:
+        raise EraseError("no erasures are loaded on this pipeline: load_erasure first")
+    return readers, registry
+
+
+def _known(registry: Registry, names: str | Iterable[str]) -> tuple[str, ...]:
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    if missing := [n for n in wanted if n not in registry.entries]:
+        raise EraseError(f"no erasure named {missing[0]!r} is loaded: expected one of {', '.join(registry.entries) or 'none'}")
+    return wanted
+
+
+def _check_strengths(strengths: Iterable[float]) -> None:
+    for s in strengths:
+        if not 0 <= s <= 1:
+            raise EraseError(f"a strength lies between 0 and 1: got {s}; to erase more, erase again with a smaller residual")
+
+
+def _names(adapters: list[ErasureAdapter], given: str | Sequence[str] | None, taken: dict[str, Entry]) -> list[str]:
+    names = [given] if isinstance(given, str) else list(given or [])
+    if given is None:
+        for adapter in adapters:
+            stem = re.sub(r"[^a-z0-9]+", "-", "-".join(adapter.concepts).lower()).strip("-") or "erasure"
+            free = (f"{stem}{n}" for n in ["", *(f"-{i}" for i in range(2, 10_000))])
+            names.append(next(n for n in free if n not in taken and n not in names))
+    if len(names) != len(adapters) or len(set(names)) != len(names):
+        raise EraseError(f"{len(adapters)} erasures need as many different names: got {names}")
+    for name in names:
+        if name in taken:
+            raise EraseError(f"an erasure named {name!r} is loaded already: choose another adapter_name, or delete_erasures({name!r})")
+    return names
+
+
+def _check_width(adapter: ErasureAdapter, readers: dict[str, nn.Module]) -> None:
+    for name, reader in readers.items():
+        if (width := text_width(reader)) != adapter.edit.width:
+            raise MismatchError(
+                f"the adapter edits text states of width {adapter.edit.width}, {name} reads width {width}: it was made for another "
+                f"base model; erase the concept again on this one"
+            )
+
+
+def _verify(pipe: Any, adapter: ErasureAdapter, strict: bool) -> bool:
+    """Whether the pipe's encoder is the adapter's and every concept's name still lands on its target; raises if `strict`."""
+    try:
+        encoder = Encoder(pipe)
+        adapter.encoder.check(encoder.fingerprint())
+        for recipe in adapter.recipes:
+            found = effect(encoder, adapter.edit.alone(recipe.concept), recipe.concept)
+            if abs(found - recipe.effect) > EFFECT_TOLERANCE:
+                raise MismatchError(
+                    f"under this adapter {recipe.concept!r} goes {found:.2f} of the way to its target here, {recipe.effect:.2f} where it "
+                    f"was made: the text side of this pipeline differs; erase the concept again on it"
+                )
+    except EraseError:
+        if strict:
+            raise
+        return False
+    return True
+
+
+def _notes(pipe: Any, registry: Registry, bare: set[str]) -> Iterable[str]:
+    for name, entry in registry.entries.items():
+        if not entry.verified:
+            yield f"{name} was loaded with strict=False and does not match this pipeline's text encoder"
+        if registry.fused and any(label.gate for label in entry.adapter.edit.labels):
+            yield f"{name} has a gate, which exists only as a map: its fused form is the linear part"
+    if bare:
+        yield f"not attached to {', '.join(sorted(bare))}: call enable_erasure() on this pipeline"
+    if getattr(unwrapped(pipe.unet), "encoder_hid_proj", None) is not None:
+        yield "an IP-Adapter is loaded: a concept in an image prompt is not seen by a text-side erasure"
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """`rows` with zero rows added up to the next of a few sizes; a zero row acts on nothing."""
+    size = next((s for s in ROW_SIZES if s >= len(rows)), len(rows))
+    return torch.cat([rows, rows.new_zeros(size - len(rows), rows.shape[1])])

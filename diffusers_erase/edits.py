@@ -1,0 +1,329 @@
+"""Rows as values: the edit, the base pack it stands on, and how edits are combined.
+
+An `Edit` is a set of rows (c, d, s): where the text state is c, behave as if it were c + d, with strength s. A row with
+offset 0 preserves its key. Edits hold no solution: composing is the union of the rows, solved again, which makes it exact,
+commutative, associative and idempotent. Taking a concept out is solving without its rows.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import solve
+from .errors import ConflictError, EraseError
+
+
+class Gate(NamedTuple):
+    """Soft threshold on a detector x = e·a: the row acts as x·σ((|x| − threshold)/width), so weak resemblance is let through."""
+
+    threshold: float
+    width: float = 0.04
+
+
+class Label(NamedTuple):
+    """What a row is about. Names are compared by `same_name`."""
+
+    concept: str
+    """The concept that the row belongs to; of a preserved row, the preserved name."""
+    name: str
+    """The name whose text state is the key: the concept's own or a co-reference."""
+    role: str
+    """Token role: `subject`, `eot`, `pads`, or `name:i` for the i-th token of a name."""
+    targets: tuple[str, ...] | None
+    """Where the key is sent: one name, the mean of several, `()` for the empty prompt, None for a preserved row."""
+    gate: Gate | None = None
+
+    @classmethod
+    def from_json(cls, entry: Sequence) -> "Label":
+        concept, name, role, targets, gate = entry
+        return cls(concept, name, role, None if targets is None else tuple(targets), None if gate is None else Gate(*gate))
+
+
+def same_name(name: str) -> str:
+    """The form in which names are compared: case and runs of white space do not tell concepts apart."""
+    return " ".join(name.split()).casefold()
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """A base pack: what every edit that stands on it leaves alone.
+
+    Softly, through H = ridge·I + moment; absolutely, through the hard rows. UCE's λI is a pack without moment and hard rows.
+    The digest names the recipe and the encoder, never tensor bytes, so that two machines agree on it.
+    """
+
+    name: str
+    digest: str
+    ridge: float
+    width: int
+    moment: Tensor | None = None
+    """`[d, d]`, second moment of background states."""
+    hard: Tensor | None = None
+    """`[h, d]`, states that must not move: the start token and the centroids of the empty prompt."""
+
+    def pull(self, keys: Tensor) -> Tensor:
+        """U = C G `[k, d]` in float64: keys seen through this pack (see `solve.pull`)."""
+        if self.moment is None and self.hard is None:
+            return keys.double() / self.ridge
+        gram = torch.eye(self.width, dtype=torch.float64) * self.ridge
+        if self.moment is not None:
+            gram = gram + self.moment.double()
+        return solve.pull(keys, gram, keys.new_zeros(0, self.width) if self.hard is None else self.hard)
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no useful ==; compare .digest
+class Edit:
+    """Rows (c, d, s) on one base pack. Frozen, checked on construction; its identity is `digest`.
+
+    Example:
+        >>> edit = compose(van_gogh.edit, monet.edit)
+        >>> edit.residuals()
+        {'Monet': 0.02, 'Van Gogh': 0.02}
+    """
+
+    labels: tuple[Label, ...]
+    keys: Tensor
+    """C `[k, d]`: text states, one a row."""
+    offsets: Tensor
+    """D `[k, d]`: target minus key; 0 where the key is preserved."""
+    strengths: Tensor
+    """s `[k]`, positive: weight of each row in the ridge problem."""
+    pulled: Tensor
+    """U `[k, d]`: all that composing needs to know of the pack."""
+    pack: str
+    """Name of the base pack."""
+    pack_digest: str
+
+    def __post_init__(self):
+        k = len(self.labels)
+        shapes = [tuple(t.shape) for t in (self.keys, self.offsets, self.pulled)]
+        if self.keys.ndim != 2 or len(set(shapes)) > 1 or self.keys.shape[0] != k or self.strengths.shape != (k,):
+            raise EraseError(
+                f"an edit pairs each of its {k} labels with one key, offset and pulled row [k, d] and one strength [k]: "
+                f"got {', '.join(map(str, shapes))} and strengths {tuple(self.strengths.shape)}"
+            )
+        if not all(bool(t.isfinite().all()) for t in (self.keys, self.offsets, self.strengths, self.pulled)):
+            raise EraseError("an edit holds finite numbers only: found NaN or infinity; erase the concept again")
+        if not bool((self.strengths > 0).all()):
+            raise EraseError("every row of an edit has a positive strength; leave a row out instead of giving it none")
+        if self.moving.tolist() != [label.targets is not None for label in self.labels]:
+            raise EraseError("a row has an offset exactly where its label names a target: labels and offsets disagree")
+
+    @property
+    def width(self) -> int:
+        """d, the width of the text states."""
+        return self.keys.shape[1]
+
+    @property
+    def moving(self) -> Tensor:
+        """`[k]` bool: rows with an offset; the others preserve their key."""
+        return (self.offsets != 0).any(dim=1)
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The erased concepts, each once."""
+        return tuple(dict.fromkeys(label.concept for label in self.labels if label.targets is not None))
+
+    @property
+    def preserved(self) -> tuple[str, ...]:
+        """The preserved names, each once."""
+        return tuple(dict.fromkeys(label.name for label in self.labels if label.targets is None))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over labels, pack and the bytes of all rows in canonical order."""
+        ordered = _unique([self])
+        head = json.dumps([ordered.pack_digest, ordered.labels], ensure_ascii=False, separators=(",", ":"))
+        digest = hashlib.sha256(head.encode())
+        for tensor in (ordered.keys, ordered.offsets, ordered.strengths, ordered.pulled):
+            digest.update(str(tensor.dtype).encode() + _bytes(tensor))
+        return digest.hexdigest()
+
+    def take(self, rows: Iterable[int]) -> "Edit":
+        """The edit of these rows alone."""
+        rows = list(rows)
+        return replace(
+            self,
+            labels=tuple(self.labels[i] for i in rows),
+            keys=self.keys[rows],
+            offsets=self.offsets[rows],
+            strengths=self.strengths[rows],
+            pulled=self.pulled[rows],
+        )
+
+    def alone(self, concept: str) -> "Edit":
+        """The rows of one concept, with all preserved rows."""
+        return self.take(i for i, row in enumerate(self.labels) if row.targets is None or row.concept == concept)
+
+    def to(self, dtype: torch.dtype) -> "Edit":
+        """All rows in `dtype`; float32 is what files hold."""
+        keys, offsets, strengths, pulled = (
+            t.to(dtype) for t in (self.keys, self.offsets, self.strengths, self.pulled)
+        )
+        return replace(self, keys=keys, offsets=offsets, strengths=strengths, pulled=pulled)
+
+    def detectors(self) -> Tensor:
+        """A `[k, d]` in float64, solved over all rows together."""
+        return solve.detectors(self.keys, self.pulled, self.strengths)
+
+    def residuals(self) -> dict[str, float]:
+        """Of each concept, the share of its offsets that is left when all rows are solved together."""
+        left = solve.unmoved(self.keys, self.offsets, self.detectors())
+        asked = self.offsets.double()
+        rows = {c: [i for i, label in enumerate(self.labels) if label.targets is not None and label.concept == c] for c in self.concepts}
+        return {c: float(left[i].norm() / asked[i].norm()) for c, i in rows.items()}
+
+    def calibrated(self, goal: float) -> "Edit":
+        """This edit with one scalar strength for all its moving rows, so that the residual of the whole is `goal`.
+
+        Args:
+            goal: share of the offsets that is left, in (0, 1); 0.02 is strong, 0.3 mild.
+        """
+        weights = torch.where(self.moving, torch.ones_like(self.strengths), self.strengths)
+        s = solve.strength_for(self.keys, self.offsets, self.pulled, weights, goal)
+        if s is None:
+            raise EraseError(
+                f"no strength erases {', '.join(self.concepts)} to residual {goal}: a preserved name or the base pack holds "
+                f"its text state in place; preserve fewer names or ask for a larger residual"
+            )
+        return replace(self, strengths=torch.where(self.moving, weights * s, weights))
+
+    def softened(self, strength: float) -> "Edit":
+        """This edit with `strength` w of its effect: residual r of each concept alone becomes 1 − w(1 − r)."""
+        if strength == 1.0:
+            return self
+        strengths = self.strengths.clone()
+        for concept in self.concepts:
+            alone = self.alone(concept)
+            r = solve.residual(alone.keys, alone.offsets, alone.detectors())
+            milder = alone.calibrated(1 - strength * (1 - r))
+            rows = [i for i, label in enumerate(self.labels) if label.targets is not None and label.concept == concept]
+            strengths[rows] = milder.strengths[milder.moving]
+        return replace(self, strengths=strengths)
+
+
+def compose(*edits: Edit, chains: str = "error", residual_max: float | None = 0.2) -> Edit:
+    """All rows of `edits`, each once, in canonical order; conflicts decided by name.
+
+    Commutative, associative and idempotent to the last bit (a followed chain sums offsets: associative to rounding).
+
+    - A name that one edit preserves and another erases is erased: its preserved rows are left out.
+    - A target that another edit erases is an error, or with `chains="follow"` the key goes on to where that target goes.
+    - One key with two targets is an error.
+
+    Args:
+        residual_max: a concept may not end with more than this share of its offsets left (nor 0.1 above its own residual,
+            where it was meant milder); None switches the check off.
+
+    Raises:
+        ConflictError: the edits stand on different packs, or contradict each other.
+    """
+    if not edits:
+        raise EraseError("compose needs at least one edit")
+    for other in edits[1:]:
+        if other.pack_digest != edits[0].pack_digest or other.width != edits[0].width:
+            raise ConflictError(
+                f"cannot compose {', '.join(edits[0].concepts)} with {', '.join(other.concepts)}: they stand on different "
+                f"base packs ({edits[0].pack} {edits[0].pack_digest[:8]}, {other.pack} {other.pack_digest[:8]}); "
+                f"erase one of them again on the other's pack or with the same method options"
+            )
+    union = _unique(edits)
+    erased = {same_name(label.name) for label in union.labels if label.targets is not None}
+    union = union.take(
+        i for i, row in enumerate(union.labels) if row.targets is not None or same_name(row.name) not in erased
+    )
+    _check_one_target(union)
+    union = _follow_chains(union, erased, chains)
+    if residual_max is not None:
+        _check_residuals(union, residual_max)
+    return union
+
+
+def overruled(edits: Sequence[Edit]) -> tuple[str, ...]:
+    """Names that some of `edits` preserve and others erase: composing leaves their preserved rows out."""
+    erased = {same_name(row.name) for edit in edits for row in edit.labels if row.targets is not None}
+    return tuple(sorted({name for edit in edits for name in edit.preserved if same_name(name) in erased}))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+def _unique(edits: Sequence[Edit]) -> Edit:
+    """The rows of all edits, each once, ordered by label and then by bytes: the same set always gives the same tensors."""
+    table = [torch.cat([e.keys, e.offsets, e.pulled, e.strengths[:, None]], dim=1) for e in edits]
+    labels = [label for edit in edits for label in edit.labels]
+    rows = torch.cat(table)
+    names = [json.dumps(label, ensure_ascii=False) for label in labels]
+    found = {(name, _bytes(row)): i for i, (name, row) in enumerate(zip(names, rows, strict=True))}
+    order = [found[key] for key in sorted(found)]
+    d = edits[0].width
+    return replace(
+        edits[0],
+        labels=tuple(labels[i] for i in order),
+        keys=rows[order, :d],
+        offsets=rows[order, d : 2 * d],
+        pulled=rows[order, 2 * d : 3 * d],
+        strengths=rows[order, -1],
+    )
+
+
+def _check_one_target(edit: Edit) -> None:
+    seen: dict[object, tuple[Label, bytes]] = {}
+    for label, key, offset in zip(edit.labels, edit.keys, edit.offsets, strict=True):
+        if label.targets is None:
+            continue
+        for identity in ((same_name(label.name), label.role), _bytes(key)):
+            first, to = seen.setdefault(identity, (label, _bytes(offset)))
+            if first.targets != label.targets or (identity == _bytes(key) and to != _bytes(offset)):
+                raise ConflictError(
+                    f"one key with two targets: {label.name!r} ({label.role}) is sent to {_say(first.targets)} and to "
+                    f"{_say(label.targets)}; keep one of the two adapters"
+                )
+
+
+def _follow_chains(edit: Edit, erased: set[str], chains: str) -> Edit:
+    """Rows whose target is itself erased, sent on to where that target goes; unchanged where there is none."""
+    where = {(same_name(row.name), row.role): i for i, row in enumerate(edit.labels) if row.targets is not None}
+    labels, offsets = list(edit.labels), edit.offsets.clone()
+    for i, label in enumerate(edit.labels):
+        visited = {same_name(label.name)}
+        while labels[i].targets and any(same_name(t) in erased for t in labels[i].targets):
+            target = labels[i].targets[0]
+            onward = where.get((same_name(target), label.role))
+            if chains != "follow":
+                raise ConflictError(
+                    f"{label.concept!r} is sent to {target!r}, which is erased too, so it would land on an erased concept; "
+                    f"choose another target for {label.concept!r} or compose with chains='follow'"
+                )
+            if len(labels[i].targets) > 1 or onward is None or same_name(target) in visited:
+                raise ConflictError(
+                    f"the chain {label.concept!r} → {_say(labels[i].targets)} cannot be followed: it is a circle, a mixture, or "
+                    f"{target!r} has no row for the role {label.role!r}; choose another target for {label.concept!r}"
+                )
+            visited.add(same_name(target))
+            offsets[i] = offsets[i] + edit.offsets[onward]
+            labels[i] = labels[i]._replace(targets=edit.labels[onward].targets)
+    return replace(edit, labels=tuple(labels), offsets=offsets)
+
+
+def _check_residuals(edit: Edit, residual_max: float) -> None:
+    for concept, reached in edit.residuals().items():
+        if reached <= residual_max:
+            continue
+        alone = edit.alone(concept)
+        own = solve.residual(alone.keys, alone.offsets, alone.detectors())
+        if reached > max(residual_max, own + 0.1):
+            raise ConflictError(
+                f"in this set {reached:.0%} of {concept!r} would be left (alone: {own:.0%}, allowed: {residual_max:.0%}): "
+                f"the concepts crowd each other; erase fewer together, or pass a larger residual_max"
+            )
+
+
+def _say(targets: tuple[str, ...] | None) -> str:
+    return " + ".join(map(repr, targets)) if targets else "the empty prompt"

@@ -1,0 +1,154 @@
+"""`erase`: from a pipeline and a name to an adapter, in one screen."""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import hub, methods  # noqa: F401 - importing the methods registers them
+from .adapter import ErasureAdapter, Recipe, compose
+from .attach import effect
+from .edits import Gate, Pack, same_name
+from .errors import EraseError
+from .sites import text_readers, text_width
+from .task import Method, Task, method_named
+from .text import TEMPLATES, Encoder, PackRecipe, background, base_pack, pack_digest, roles_of
+
+
+def erase(
+    pipe: Any,
+    concept: str | Sequence[str],
+    *,
+    target: str | Sequence[str | Sequence[str]] = "null",
+    preserve: str | Sequence[str] = (),
+    coreferences: str | Sequence[str] = (),
+    method: str = "ridge",
+    residual: float | None = None,
+    tokens: str | None = None,
+    templates: Sequence[str] | None = None,
+    gate: float | None = None,
+    pack: str | Path | PackRecipe | None = None,
+    **options: Any,
+) -> ErasureAdapter:
+    """An adapter that erases `concept` from `pipe`. Computes only: the pipe stays bit for bit as it was.
+
+    Args:
+        pipe: a Stable Diffusion 1.x or 2.x pipeline; only its tokenizer, text encoder and UNet configuration are read.
+        concept: what to erase, in words; several are composed: `erase(pipe, [a, b])` is `compose(erase(pipe, a), erase(pipe, b))`.
+        target: where to send it: `"null"` (or `""`) the empty prompt, a name, or several names for their mean. With several
+            concepts, one target for all, or a list with one for each.
+        preserve: names that should stay as they are, softly.
+        coreferences: other names of the same concept.
+        method: `"ridge"` or `"uce"`; see `diffusers_erase.METHODS`.
+        residual: share of the way to the target that is left, in (0, 1); 0.02 (default) is strong, 0.3 mild.
+        tokens: which rows to edit: `last` subject token or all of the `name`, `eot`, `pads`, joined by `+`; `all`.
+            By default `last+eot`. `"uce"` has its own tokens, templates and strength.
+        templates: contexts over which a name is averaged, each with one `{}`; by default the pack's.
+        gate: threshold τ below which a resemblance is let through (map form only), such as 0.7; None for a linear edit.
+        pack: base pack: a JSON file, a recipe, or None for the model's own (`erasure_pack.json` in its folder), else general English.
+        options: the method's own.
+
+    Raises:
+        EraseError: in one line, what is wrong with the request.
+
+    Example:
+        >>> adapter = erase(pipe, "Van Gogh", target="a painter")
+        >>> adapter.save_pretrained("erase-van-gogh")
+    """
+    concepts = _names(concept)
+    targets = _targets(target, concepts, several=not isinstance(concept, str))
+    chosen, settings = method_named(method, options)
+    asked = {"residual": residual, "tokens": tokens, "templates": templates and tuple(templates)}
+    if clash := [key for key, value in asked.items() if key in chosen.fixed and value not in (None, chosen.fixed[key])]:
+        raise EraseError(f"method {method!r} decides {clash[0]} itself: leave it out, or use method='ridge'")
+    if residual is not None and not 0 < residual < 1:
+        raise EraseError(f"residual is the share of the concept that is left, between 0 and 1, such as 0.02: got {residual}")
+    encoder = Encoder(pipe)
+    if encoder.width != text_width(text_readers(pipe)["unet"]):
+        raise EraseError(f"the text encoder gives width {encoder.width}, the UNet reads {text_width(pipe.unet)}: the pipeline's parts do not fit")
+    recipe = _recipe(pipe, pack)
+    defaults = {"residual": 0.02, "tokens": "last+eot", "templates": recipe.templates}
+    decided = {key: chosen.fixed.get(key, asked[key] or default) for key, default in defaults.items()}
+    make_pack = cache(lambda: _pack(encoder, recipe))
+    made = []
+    for name, goal in zip(concepts, targets, strict=True):
+        task = Task(
+            encoder=encoder,
+            concept=name,
+            coreferences=_names(coreferences),
+            targets=goal,
+            preserve=_names(preserve),
+            gate=None if gate is None else Gate(gate),
+            pack=make_pack,
+            **decided,
+        )
+        _check(task)
+        made.append(_adapter(task, chosen, settings, getattr(getattr(pipe, "config", None), "_name_or_path", "") or ""))
+    return made[0] if len(made) == 1 else compose(*made)
+
+
+def _adapter(task: Task, method: Method, settings: dict[str, Any], base_model: str) -> ErasureAdapter:
+    edit = method.run(task, **settings).to(torch.float32)
+    recipe = Recipe(
+        concept=task.concept,
+        coreferences=task.coreferences,
+        targets=task.targets,
+        preserve=task.preserve,
+        method=method.name,
+        options=settings,
+        tokens=task.tokens,
+        templates=None if task.templates == TEMPLATES else task.templates,
+        residual=float(f"{edit.residuals()[task.concept]:.3g}"),
+        effect=round(effect(task.encoder, edit, task.concept), 4),
+    )
+    return compose(ErasureAdapter(edit, task.encoder.fingerprint(), (recipe,), str(base_model)))
+
+
+def _pack(encoder: Encoder, recipe: PackRecipe) -> Pack:
+    """The base pack of `recipe` on this encoder; its background states are cached in the user's cache folder."""
+    fingerprint = encoder.fingerprint()
+    key = f"pack-{pack_digest(recipe, fingerprint)[:16]}-{encoder.states_digest()[:16]}"
+
+    def make() -> dict:
+        moment, hard = background(encoder, recipe)
+        return {"moment": moment, "hard": hard}
+
+    states = hub.cached(key, make)
+    return base_pack(recipe, fingerprint, states["moment"], states["hard"])
+
+
+def _recipe(pipe: Any, pack: str | Path | PackRecipe | None) -> PackRecipe:
+    if isinstance(pack, PackRecipe):
+        return pack
+    source = pack or hub.own_pack(pipe) or Path(str(resources.files("diffusers_erase") / "data" / "english.json"))
+    return PackRecipe.from_json(hub.read_pack(source))
+
+
+def _names(given: str | Iterable[str]) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else tuple(given)
+    return tuple(name.strip() if isinstance(name, str) else name for name in names)
+
+
+def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tuple[str, ...]]:
+    """One tuple of names for each concept; `()` stands for the empty prompt."""
+    if not concepts:
+        raise EraseError("no concept was given: expected its name, such as 'Van Gogh'")
+    each = list(target) if several and not isinstance(target, str) else [target] * len(concepts)
+    if len(each) != len(concepts):
+        raise EraseError(f"{len(concepts)} concepts but {len(each)} targets: give one target, or a list with one for each concept")
+    return [() if goal in ("null", "") else _names(goal) for goal in each]
+
+
+def _check(task: Task) -> None:
+    for name in (task.concept, *task.coreferences, *task.targets, *task.preserve):
+        task.encoder.check_name(name)
+    own = {same_name(name) for name in (task.concept, *task.coreferences)}
+    if both := [t for t in task.targets if same_name(t) in own]:
+        raise EraseError(f"{task.concept!r} would be sent to {both[0]!r}, itself: choose a target that is something else")
+    if both := [p for p in task.preserve if same_name(p) in own]:
+        raise EraseError(f"{both[0]!r} is to be erased and preserved: take it out of one of the two lists")
+    if "pads" in roles_of(task.tokens, 1) and task.gate is None and task.pack().hard is None:
+        raise EraseError("tokens with 'pads' need a base pack with hard rows: every prompt's pads resemble each other")

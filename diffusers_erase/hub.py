@@ -1,0 +1,156 @@
+"""Bytes and JSON: adapter folders, pack recipes, the cache. The only file that knows safetensors; it knows no adapter type.
+
+An adapter folder holds `erasure.safetensors` (tensors, and one metadata key `erasure` with canonical JSON, called the
+*head*) and `erasure_config.json` (the same head, for people and search). The safetensors file alone suffices to load.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import EraseError, MismatchError
+
+WEIGHTS = "erasure.safetensors"
+CONFIG = "erasure_config.json"
+LORA = "pytorch_lora_weights.safetensors"
+PACK = "erasure_pack.json"
+"""A model folder that holds this file brings its own base pack."""
+
+FORMAT = 1
+MAX_BYTES = 512 * 2**20
+"""Adapters are kilobytes; a file larger than this is not one."""
+
+
+def canonical(data: Any) -> str:
+    """JSON with sorted keys and no spaces: the same data always gives the same text."""
+    return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def digest(data: Any) -> str:
+    """sha256 of the canonical JSON of `data`."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def write_adapter(directory: str | Path, tensors: Mapping[str, Tensor], head: dict[str, Any]) -> Path:
+    """Write an adapter folder; each file appears whole or not at all."""
+    folder = Path(directory)
+    if folder.is_file():
+        raise EraseError(f"{folder} is a file: expected a folder to save the adapter in")
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"format": FORMAT} | head
+    write_tensors(folder / WEIGHTS, tensors, {"erasure": canonical(head)})
+    write_text(folder / CONFIG, json.dumps(head, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, moved into place when complete."""
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    _write(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata)))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, moved into place when complete."""
+    _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and head of the adapter at `source`, a folder or a safetensors file.
+
+    Raises:
+        EraseError: nothing there.
+        MismatchError: it is not a whole adapter file of a known format.
+    """
+    path = _locate(source)
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise MismatchError(f"{path} has {size} bytes, an adapter at most {MAX_BYTES}: this is not an erasure")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise MismatchError(f"{path} is not a whole safetensors file ({error}): fetch or save the adapter again") from error
+    head = _json(metadata.get("erasure", "null"), path)
+    if not isinstance(head, dict):
+        raise MismatchError(f"{path} has no erasure in its metadata: expected a file written by save_pretrained of an ErasureAdapter")
+    if head.get("format") != FORMAT:
+        raise MismatchError(
+            f"{path} has format {head.get('format')!r}, this version reads {FORMAT}: install the diffusers-erase that wrote it"
+        )
+    _check_config(path.parent / CONFIG, head)
+    return tensors, head
+
+
+def read_pack(source: str | Path) -> dict[str, Any]:
+    """The JSON of a base pack recipe: a file, or a folder that holds `erasure_pack.json`."""
+    path = Path(source)
+    path = path / PACK if path.is_dir() else path
+    if not path.is_file():
+        raise EraseError(f"no base pack at {path}: expected a JSON file with name and prompts")
+    data = _json(path.read_text(encoding="utf-8"), path)
+    if not isinstance(data, dict) or not data.get("name") or not isinstance(data.get("prompts"), list):
+        raise EraseError(f"{path} is not a base pack: expected JSON with a name and a list of prompts")
+    return data
+
+
+def own_pack(pipe: Any) -> Path | None:
+    """The pack recipe that a model folder brings with it, if `pipe` was loaded from one."""
+    folder = Path(str(getattr(getattr(pipe, "config", {}), "_name_or_path", "") or "nowhere"))
+    return folder / PACK if (folder / PACK).is_file() else None
+
+
+def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors made once for a key and kept in the user's cache folder (`DIFFUSERS_ERASE_CACHE`, else `~/.cache/diffusers-erase`)."""
+    folder = Path(os.environ.get("DIFFUSERS_ERASE_CACHE") or Path.home() / ".cache" / "diffusers-erase")
+    path = folder / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError:
+            path.unlink()  # a broken cache file is made again, never trusted
+    tensors = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, {})
+    return tensors
+
+
+def _locate(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        path = path / WEIGHTS
+    if not path.is_file():
+        raise EraseError(f"no erasure at {path}: expected a folder with {WEIGHTS}, or such a file")
+    return path
+
+
+def _check_config(path: Path, head: dict[str, Any]) -> None:
+    if path.is_file() and _json(path.read_text(encoding="utf-8"), path).get("digest") != head.get("digest"):
+        raise MismatchError(f"{path} describes another adapter than the {WEIGHTS} beside it: fetch or save the folder again")
+
+
+def _json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MismatchError(f"{path} does not hold readable JSON ({error}): fetch or save it again") from error
+
+
+def _write(path: Path, write: Callable[[str], Any]) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

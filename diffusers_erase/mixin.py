@@ -1,0 +1,103 @@
+"""The verbs as methods: `ErasureLoaderMixin`, and `enable` to give them to pipelines that exist already."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from . import attach
+from .attach import ErasureStatus
+from .errors import EraseError
+
+
+class ErasureLoaderMixin:
+    """Erasure verbs for a pipeline class; named like diffusers' LoRA verbs, and each one a function of `diffusers_erase`.
+
+    Example:
+        >>> class MyPipeline(ErasureLoaderMixin, StableDiffusionPipeline): ...
+        >>> pipe = MyPipeline.from_pretrained("runwayml/stable-diffusion-v1-5")
+        >>> pipe.load_erasure("erase-van-gogh")
+    """
+
+    def load_erasure(self, source: Any, adapter_name: str | Sequence[str] | None = None, **options: Any) -> None:
+        """See `diffusers_erase.load_erasure`."""
+        attach.load_erasure(self, source, adapter_name, **options)
+
+    def unload_erasure(self) -> None:
+        """See `diffusers_erase.unload_erasure`."""
+        attach.unload_erasure(self)
+
+    def delete_erasures(self, adapter_names: str | Sequence[str]) -> None:
+        """See `diffusers_erase.delete_erasures`."""
+        attach.delete_erasures(self, adapter_names)
+
+    def set_erasures(self, adapter_names: str | Sequence[str], strengths: float | Sequence[float] | None = None) -> None:
+        """See `diffusers_erase.set_erasures`."""
+        attach.set_erasures(self, adapter_names, strengths)
+
+    def enable_erasure(self) -> None:
+        """See `diffusers_erase.enable_erasure`."""
+        attach.enable_erasure(self)
+
+    def disable_erasure(self) -> AbstractContextManager[None]:
+        """See `diffusers_erase.disable_erasure`."""
+        return attach.disable_erasure(self)
+
+    def get_active_erasures(self) -> list[str]:
+        """See `diffusers_erase.get_active_erasures`."""
+        return attach.get_active_erasures(self)
+
+    def get_list_erasures(self) -> dict[str, list[str]]:
+        """See `diffusers_erase.get_list_erasures`."""
+        return attach.get_list_erasures(self)
+
+    def fuse_erasure(self) -> None:
+        """See `diffusers_erase.fuse_erasure`."""
+        attach.fuse_erasure(self)
+
+    def unfuse_erasure(self) -> None:
+        """See `diffusers_erase.unfuse_erasure`."""
+        attach.unfuse_erasure(self)
+
+    def save_erasure(self, directory: str | Path, adapter_name: str | None = None) -> Path:
+        """See `diffusers_erase.save_erasure`."""
+        return attach.save_erasure(self, directory, adapter_name)
+
+    def erasure_status(self) -> ErasureStatus:
+        """See `diffusers_erase.erasure_status`."""
+        return attach.erasure_status(self)
+
+
+VERBS = {name: verb for name, verb in vars(ErasureLoaderMixin).items() if not name.startswith("_")}
+
+
+def enable(pipe: Any = None) -> None:
+    """Give one pipeline the erasure verbs as methods; without an argument every `DiffusionPipeline`, until `disable()`.
+
+    An attribute that exists already under a verb's name is never replaced.
+
+    Example:
+        >>> pipe = StableDiffusionPipeline.from_pretrained("runwayml/stable-diffusion-v1-5")
+        >>> enable(pipe)
+        >>> pipe.load_erasure("erase-van-gogh")
+    """
+    if pipe is not None:
+        for name, verb in VERBS.items():
+            if not hasattr(pipe, name):
+                object.__setattr__(pipe, name, verb.__get__(pipe))
+        return
+    from diffusers import DiffusionPipeline
+
+    if taken := [n for n in VERBS if n in vars(DiffusionPipeline) and vars(DiffusionPipeline)[n] is not VERBS[n]]:
+        raise EraseError(f"DiffusionPipeline has its own {taken[0]!r} in this diffusers: use the functions of diffusers_erase instead")
+    for name, verb in VERBS.items():
+        setattr(DiffusionPipeline, name, verb)
+
+
+def disable() -> None:
+    """Take back what `enable()` gave to every pipeline. Erasures that are loaded stay in force."""
+    from diffusers import DiffusionPipeline
+
+    for name, verb in VERBS.items():
+        if vars(DiffusionPipeline).get(name) is verb:
+            delattr(DiffusionPipeline, name)

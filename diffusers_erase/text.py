@@ -1,0 +1,276 @@
+"""From prompts to rows: the only file that knows tokenizers.
+
+A concept is read as one *mean row* for each token role: the state of its last subject token, of the first end-of-text
+token (EOT), or of the pads, averaged over templates. The start token is never a role: it is the same for every prompt.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .edits import Pack
+from .errors import EraseError, MismatchError
+
+TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "a photo of a {}",
+    "a picture of the {}",
+    "an image of {}",
+    "a drawing of a {}",
+    "a painting of {}",
+    "a painting by {}",
+    "art in the style of {}",
+    "a close-up of {}",
+    "{} on a white background",
+    "{} in a landscape",
+)
+"""Contexts over which the rows of a name are averaged; `{}` is the name. Both kinds, things and authors, are covered."""
+
+PROBES = ("", "a photo of a cat", "an oil painting of a house by the sea, 1889", "Zwölf rote Äpfel & two robots")
+"""Fixed prompts whose states tell one text encoder from another. Part of the file format: never change them."""
+
+COEFFICIENTS = 6
+"""Cosine coefficients kept of each probed state. Part of the file format."""
+
+FINGERPRINT_TOLERANCE = 0.05
+"""Relative error within which two fingerprints are the same encoder. Measured: fp16 0.001, bf16 0.01, int8 0.02–0.04."""
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """How a tokenizer and text encoder answer a few fixed prompts: recognises an encoder in any dtype."""
+
+    width: int
+    tokenizer: str
+    """Hash of the token ids of the probe prompts."""
+    states: tuple[float, ...]
+    """Cosine coefficients of the probes' EOT states and last content states, five significant digits."""
+
+    def distance(self, other: "Fingerprint") -> float:
+        """Relative error of the states; infinite where width or tokenizer differ."""
+        if (self.width, self.tokenizer, len(self.states)) != (other.width, other.tokenizer, len(other.states)):
+            return math.inf
+        return math.dist(self.states, other.states) / max(math.hypot(*self.states), 1e-12)
+
+    def check(self, found: "Fingerprint") -> None:
+        """Raise unless `found` is the encoder that this fingerprint was taken from."""
+        if found.width != self.width:
+            raise MismatchError(
+                f"the adapter edits text states of width {self.width}, this pipeline's encoder gives {found.width}: "
+                f"it was made for another base model; erase the concept again on this one"
+            )
+        if found.tokenizer != self.tokenizer:
+            raise MismatchError(
+                f"this pipeline's tokenizer ({found.tokenizer[:8]}) is not the one that the adapter was made with "
+                f"({self.tokenizer[:8]}): erase the concept again on this model"
+            )
+        if (error := self.distance(found)) > FINGERPRINT_TOLERANCE:
+            raise MismatchError(
+                f"this pipeline's text encoder answers differently from the one that the adapter was made with (relative error "
+                f"{error:.3f}, allowed {FINGERPRINT_TOLERANCE}): use the encoder of the same base model, or erase again on this one"
+            )
+
+
+@dataclass(frozen=True)
+class PackRecipe:
+    """How a base pack is made: which prompts stand for "everything else", and how strongly it is held. Data, not tensors."""
+
+    name: str
+    prompts: tuple[str, ...]
+    ridge: float = 0.005
+    """λ, relative to the mean square of the background states' entries."""
+    templates: tuple[str, ...] = TEMPLATES
+    """Contexts for names in this model's language."""
+
+    @classmethod
+    def from_json(cls, data: dict) -> "PackRecipe":
+        return cls(
+            name=data["name"],
+            prompts=tuple(data["prompts"]),
+            ridge=data.get("ridge", cls.ridge),
+            templates=tuple(data.get("templates", TEMPLATES)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Text states of some prompts."""
+
+    rows: Tensor
+    """`[n, tokens, d]`, float32 on the CPU."""
+    ids: tuple[tuple[int, ...], ...]
+    """Token ids of each prompt without start token and EOT."""
+
+    def end(self, prompt: int) -> int:
+        """Index of the first EOT."""
+        return len(self.ids[prompt]) + 1
+
+
+class Encoder:
+    """The text side of a pipeline: prompts in, states out. Reads the pipe and changes nothing.
+
+    Example:
+        >>> encoder = Encoder(pipe)
+        >>> encoder.rows("Van Gogh", ("subject", "eot"), TEMPLATES)["subject"].shape
+        torch.Size([768])
+    """
+
+    def __init__(self, pipe: Any):
+        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+            raise EraseError(
+                f"{type(pipe).__name__} has no text encoder or tokenizer loaded: they are needed to find the concept's text states"
+            )
+        self.pipe = pipe
+        self.tokenizer = pipe.tokenizer
+        self.window = min(self.tokenizer.model_max_length, 10_000)
+        self.width: int = pipe.text_encoder.config.hidden_size
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> States:
+        """States of `prompts` as the host's own `encode_prompt` gives them."""
+        ids = tuple(tuple(self.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts)
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            if len(tokens) > self.window - 2:
+                raise EraseError(
+                    f"{prompt[:60]!r} has {len(tokens)} tokens, the text encoder reads {self.window - 2}: give a shorter name"
+                )
+        rows = []
+        for start in range(0, len(prompts), BATCH):
+            batch = list(prompts[start : start + BATCH])
+            embeds = self.pipe.encode_prompt(batch, self.pipe._execution_device, 1, False)[0]
+            rows.append(embeds.detach().float().cpu())
+        return States(torch.cat(rows), ids)
+
+    def rows(self, name: str, roles: Sequence[str], templates: Sequence[str]) -> dict[str, Tensor]:
+        """The mean row `[d]` (float64) of `name` for each role, over all templates.
+
+        Roles: `subject` the last token of the name, `name:i` its i-th, `eot` the first end-of-text, `pads` the mean of what follows.
+        """
+        if bad := [t for t in templates if t.count("{}") != 1]:
+            raise EraseError(f"a template holds the name once, as {{}}: found {bad[0]!r}")
+        states = self.encode([t.replace("{}", name) for t in templates])
+        means = {role: torch.zeros(states.rows.shape[-1], dtype=torch.float64) for role in roles}
+        for i, template in enumerate(templates):
+            last = self._last_token(template, name, states.ids[i])
+            for role in roles:
+                means[role] += _row(states.rows[i].double(), role, last, self.length(name), states.end(i))
+        return {role: mean / len(templates) for role, mean in means.items()}
+
+    def null_rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
+        """Where the empty target lies: its own EOT and pads for these roles, for names the mean of all rows but the start token.
+
+        Row 0 is never used: CLIP's empty prompt has its "last subject token" there, the start token, an outlier.
+        """
+        empty = self.encode([""]).rows[0].double()
+        places = {"eot": empty[1], "pads": empty[2:].mean(0)}
+        return {role: places.get(role, empty[1:].mean(0)) for role in roles}
+
+    def length(self, name: str) -> int:
+        """Number of tokens of `name`."""
+        return len(self.tokenizer(name, add_special_tokens=False)["input_ids"])
+
+    def check_name(self, name: str) -> None:
+        """Raise unless `name` is something that this encoder can read as a concept."""
+        if not isinstance(name, str) or not name.strip():
+            raise EraseError("an empty name was given: expected the concept in words, such as 'Van Gogh'")
+        ids = self.tokenizer(name, add_special_tokens=False)["input_ids"]
+        known = [i for i in ids if i not in (self.tokenizer.unk_token_id, self.tokenizer.eos_token_id)]
+        if not known:
+            raise EraseError(f"the tokenizer knows no part of {name!r}: the model cannot draw it by name; use another word for it")
+
+    def fingerprint(self) -> Fingerprint:
+        """This encoder's answer to the fixed probe prompts."""
+        states = self.encode(PROBES)
+        probed = [rows[states.end(i)] for i, rows in enumerate(states.rows)]
+        probed += [rows[len(ids)] for rows, ids in zip(states.rows, states.ids, strict=True) if ids]
+        values = torch.cat([_cosines(state) for state in probed])
+        return Fingerprint(
+            width=states.rows.shape[-1],
+            tokenizer=hashlib.sha256(json.dumps(states.ids).encode()).hexdigest()[:16],
+            states=tuple(float(f"{v:.5g}") for v in values.tolist()),
+        )
+
+    def states_digest(self) -> str:
+        """Exact digest of this encoder's answers in this dtype on this machine: good as a cache key, not as an identity."""
+        return hashlib.sha256(self.encode(PROBES).rows.numpy().tobytes()).hexdigest()
+
+    def _last_token(self, template: str, name: str, ids: tuple[int, ...]) -> int:
+        """Index in the states of the last token of `name`: the tokens of the text up to there, plus the start token."""
+        before = tuple(self.tokenizer(template.split("{}")[0] + name, add_special_tokens=False)["input_ids"])
+        if ids[: len(before)] != before:
+            raise EraseError(f"{name!r} merges with the words after it in the template {template!r}: put a space behind {{}}")
+        return len(before)
+
+
+def roles_of(tokens: str, names: int) -> tuple[str, ...]:
+    """Token roles of a policy: `last`, `name`, `eot`, `pads`, `all`, joined by `+`, for a name of `names` tokens."""
+    parts = tokens.replace("all", "name+eot+pads").split("+")
+    if unknown := set(parts) - {"last", "name", "eot", "pads"}:
+        raise EraseError(
+            f"unknown token policy {sorted(unknown)[0]!r} in {tokens!r}: join 'last' or 'name', 'eot' and 'pads' by '+', or say 'all'"
+        )
+    inner = tuple(f"name:{i}" for i in range(names - 1)) if "name" in parts else ()
+    subject = ("subject",) if {"last", "name"} & set(parts) else ()
+    return inner + subject + tuple(role for role in ("eot", "pads") if role in parts)
+
+
+def pack_digest(recipe: PackRecipe, fingerprint: Fingerprint) -> str:
+    """Digest of list, recipe and encoder (width and tokenizer; its states are compared by tolerance), never of tensor bytes."""
+    told = [recipe.name, recipe.prompts, recipe.ridge, fingerprint.width, fingerprint.tokenizer]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def background(encoder: Encoder, recipe: PackRecipe) -> tuple[Tensor, Tensor]:
+    """The states behind a base pack: second moment `[d, d]` of the recipe's prompts, and hard rows `[3, d]`; float64.
+
+    Of each prompt count its content rows, its EOT and the mean of its pads; never the start token, which is hard, as are
+    the empty prompt's EOT and the centroid of its pads.
+    """
+    moment, count = 0.0, 0
+    for start in range(0, len(recipe.prompts), BATCH):
+        states = encoder.encode(recipe.prompts[start : start + BATCH])
+        for i, rows in enumerate(states.rows.double()):
+            end = states.end(i)
+            kept = torch.cat([rows[1 : end + 1], rows[end + 1 :].mean(0, keepdim=True)]) if end + 1 < len(rows) else rows[1:]
+            moment, count = moment + kept.mT @ kept, count + len(kept)
+    empty = encoder.encode([""]).rows[0].double()
+    return moment / count, torch.stack([empty[0], empty[1], empty[2:].mean(0)])
+
+
+def base_pack(recipe: PackRecipe, fingerprint: Fingerprint, moment: Tensor, hard: Tensor) -> Pack:
+    """The pack of `recipe` on an encoder with this background: H = ridge·(tr M/d)·I + M."""
+    width = moment.shape[0]
+    return Pack(
+        name=recipe.name,
+        digest=pack_digest(recipe, fingerprint),
+        ridge=recipe.ridge * float(moment.trace()) / width,
+        width=width,
+        moment=moment,
+        hard=hard,
+    )
+
+
+def _row(rows: Tensor, role: str, last: int, length: int, end: int) -> Tensor:
+    """The row of one prompt for a role; `last` is the name's last token, `end` the first EOT."""
+    if role == "eot":
+        return rows[end]
+    if role == "pads":
+        return rows[end + 1 :].mean(0) if end + 1 < len(rows) else rows[end]
+    return rows[last] if role == "subject" else rows[last - length + 1 + int(role.split(":")[1])]
+
+
+def _cosines(state: Tensor) -> Tensor:
+    """The first cosine coefficients of a state: a few numbers that every entry of it takes part in."""
+    d = len(state)
+    places = torch.arange(d, dtype=torch.float64) + 0.5
+    waves = torch.cos(torch.pi * torch.arange(1, COEFFICIENTS + 1, dtype=torch.float64)[:, None] * places / d)
+    return waves @ state.double() / math.sqrt(d)
