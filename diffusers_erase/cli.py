@@ -1,0 +1,213 @@
+"""The command line: parse, call, print. The only file that prints; bad input is one line and exit code 2."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from . import attach
+from .adapter import ErasureAdapter
+from .adapter import compose as compose_adapters
+from .erasing import erase as erase_concepts
+from .errors import EraseError
+from .task import METHODS
+
+EMBEDDED = "emoji-sd"
+"""What the command line calls the embedded model, wherever it takes a model."""
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+class OneLine(TyperGroup):
+    """Turns this package's errors, and missing or unreadable files, into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EraseError, OSError) as error:
+            _fail(str(error))
+
+
+app = typer.Typer(cls=OneLine, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Erase concepts from text-to-image pipelines, as small adapters.")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"A diffusers folder, or {EMBEDDED} for the embedded model.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
+Targets = Annotated[list[str] | None, typer.Option("--target", help="Where to send the concept: a name; 'null' (default) is the empty prompt. Several concepts take one, or one each.")]
+Preserve = Annotated[list[str] | None, typer.Option("--preserve", help="A name that should stay as it is; repeat for more.")]
+Gate = Annotated[float | None, typer.Option(help="Let resemblance below this threshold through (map form only), such as 0.7.")]
+Residual = Annotated[float | None, typer.Option(help="Share of the concept that is left, such as 0.02 (strong) or 0.3 (mild).")]
+Tokens = Annotated[str | None, typer.Option(help="Rows to edit: last, name, eot, pads, joined by +; all.")]
+
+
+@app.command()
+def erase(
+    model: Model,
+    concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="What to erase, in words.")],
+    folder: Out,
+    target: Targets = None,
+    preserve: Preserve = None,
+    coreference: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeat for more.")] = None,
+    method: Annotated[str, typer.Option(help="How: see `diffusers-erase methods`.")] = "ridge",
+    residual: Residual = None,
+    tokens: Tokens = None,
+    gate: Gate = None,
+    pack: Annotated[Path | None, typer.Option(help="Base pack: a JSON file with name and prompts.")] = None,
+) -> None:
+    """Erase CONCEPT from MODEL and save the adapter."""
+    pipe = _pipeline(model)
+    goal: Any = target or "null"
+    adapter = erase_concepts(
+        pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 and len(concepts) > 1 else goal,
+        preserve=preserve or (), coreferences=coreference or (), method=method, residual=residual, tokens=tokens, gate=gate, pack=pack,
+    )  # fmt: skip
+    _print_adapter(adapter)
+    out.print(f"saved: {adapter.save_pretrained(folder, model=pipe)}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
+    adapter: Annotated[list[Path] | None, typer.Option(help="An erasure to attach; repeat for more.")] = None,
+    strength: Annotated[float, typer.Option(help="Strength of the erasures, 0 to 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next one's is one more.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default the model's own.")] = None,
+    folder: Out = Path("generated"),
+) -> None:
+    """Draw PROMPT with MODEL, with erasures in force."""
+    import torch
+
+    pipe = _pipeline(model)
+    if adapter:
+        attach.load_erasure(pipe, list(adapter), strength=strength)
+        out.print(str(attach.erasure_status(pipe)))
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"num_inference_steps": steps or _default(model, "STEPS", 50), "guidance_scale": guidance if guidance is not None else _default(model, "GUIDANCE", 7.5)}
+    with _progress("drawing", len(prompts)) as advance:
+        for i, prompt in enumerate(prompts):
+            image = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed + i), **settings).images[0]
+            image.save(folder / f"{i:03d}-seed{seed + i}.png")
+            advance(1)
+    out.print(f"saved: {len(prompts)} pictures in {folder}")
+
+
+@app.command()
+def show(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder or file.")]) -> None:
+    """Say what ADAPTER erases, and how it was made."""
+    _print_adapter(ErasureAdapter.from_pretrained(adapter))
+
+
+@app.command()
+def compose(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders or files.")],
+    folder: Out,
+    chains: Annotated[str, typer.Option(help="A target that is erased itself: 'error', or 'follow' it.")] = "error",
+) -> None:
+    """Make one adapter of several, solved together."""
+    adapter = compose_adapters(*(ErasureAdapter.from_pretrained(a) for a in adapters), chains=chains)
+    _print_adapter(adapter)
+    out.print(f"saved: {adapter.save_pretrained(folder)}")
+
+
+@app.command("load-check")
+def load_check(
+    model: Model,
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders or files.")],
+) -> None:
+    """Attach ADAPTER to MODEL, all checks on, and say what is in force. Exit code 2 where it does not fit."""
+    pipe = _pipeline(model)
+    attach.load_erasure(pipe, list(adapters))
+    out.print(str(attach.erasure_status(pipe)))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and their options."""
+    table = Table("method", "what it does", "options and defaults", "source", box=None, pad_edge=False)
+    for name, method in sorted(METHODS.items()):
+        table.add_row(name, method.summary, ", ".join(f"{k}={v}" for k, v in method.options.items()), method.paper)
+    out.print(table)
+
+
+@app.command()
+def demo(
+    concept: Annotated[str, typer.Option(help="An object or style of emoji-sd.")] = "butterfly",
+    target: Annotated[str, typer.Option(help="Where to send it: another name, or 'null', the empty prompt.")] = "null",
+    residual: Residual = None,
+    tokens: Tokens = None,
+    gate: Gate = None,
+    folder: Out = Path("erase-demo"),
+) -> None:
+    """Erase a concept from the embedded model and see it gone: pictures before and after, judged, on one page."""
+    from . import bench, world
+    from .bench.demo import demo_suite
+
+    with out.status("loading emoji-sd"):
+        pipe, judge = world.load(), world.judge()
+    suite = demo_suite(concept, pipe)
+    adapter = erase_concepts(pipe, concept, target=target, residual=residual, tokens=tokens, gate=gate)
+    saved = adapter.save_pretrained(folder / "adapter", model=pipe)
+    with _progress("drawing before and after", 2 * len(suite.cases)) as advance:
+        report = bench.evaluate(pipe, adapter, suite, judge, folder / "pictures", on_picture=advance)
+    page = report.save(folder)
+    table = Table("share of pictures", "value", "95 % interval", "n", box=None, pad_edge=False)
+    for name, e in report.estimates.items():
+        table.add_row(name, f"{e.value:.0%}", f"{e.low:.0%} – {e.high:.0%}", str(e.n))
+    out.print(table)
+    out.print(f"adapter: {saved} ({adapter.size:,} bytes of rows)")
+    out.print(f"look at: {page}")
+
+
+def _pipeline(model: str) -> Any:
+    """The pipeline in a diffusers folder, or the embedded one."""
+    if model == EMBEDDED:
+        from . import world
+
+        return world.load()
+    if not Path(model).is_dir():
+        raise EraseError(f"no model folder at {model!r}: expected a diffusers folder, or {EMBEDDED} for the embedded model")
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return DiffusionPipeline.from_pretrained(model, local_files_only=True)
+
+
+def _default(model: str, setting: str, other: float) -> Any:
+    if model != EMBEDDED:
+        return other
+    from . import world
+
+    return getattr(world, setting)
+
+
+def _print_adapter(adapter: ErasureAdapter) -> None:
+    table = Table("concept", "sent to", "method", "tokens", "residual", "effect on the name", box=None, pad_edge=False)
+    for r in adapter.recipes:
+        table.add_row(r.concept, " + ".join(r.targets) or "the empty prompt", r.method, r.tokens, f"{r.residual:g}", f"{r.effect:.3f}")
+    out.print(table)
+    if adapter.edit.preserved:
+        out.print(f"preserved: {', '.join(adapter.edit.preserved)}")
+    out.print(f"base pack {adapter.edit.pack}, width {adapter.edit.width}, {len(adapter.edit.labels)} rows, {adapter.size:,} bytes, digest {adapter.digest[:16]}")
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda n: progress.advance(bar, n)
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(f"error: {message}", markup=False, soft_wrap=True)
+    raise typer.Exit(2)
