@@ -1,0 +1,74 @@
+"""Who tells what a picture shows: two small classifiers, trained on renders only, never on generated pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffusers_erase.errors import EraseError
+
+OTHER = "other"
+"""What the object judge answers for anything that is none of our objects."""
+
+
+class Network(nn.Sequential):
+    """A small convolutional classifier of 64 x 64 pictures in [0, 1]: logits."""
+
+    def __init__(self, classes: int, width: int):
+        widths = [width, 2 * width, 4 * width, 5 * width]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 5, 2, 2), nn.BatchNorm2d(width), nn.ReLU()]
+        for before, after in zip(widths[:1] + widths, widths, strict=False):
+            stride = 1 if before == after else 2
+            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], classes))
+
+    @property
+    def head(self) -> nn.Linear:
+        return self[-1]
+
+
+OBJECT_WIDTH, STYLE_WIDTH = 32, 16
+
+
+class Judge:
+    """Names the object and the style of pictures, with calibrated probabilities."""
+
+    def __init__(self, objects: tuple[str, ...], styles: tuple[str, ...], object_net: Network, style_net: Network):
+        self.object_names, self.style_names = (*objects, OTHER), styles
+        self.object_net, self.style_net = object_net.eval(), style_net.eval()
+
+    @classmethod
+    def load(cls, folder: Path, objects: tuple[str, ...], styles: tuple[str, ...]) -> "Judge":
+        """The judge whose weights lie in `folder`."""
+        networks = Network(len(objects) + 1, OBJECT_WIDTH), Network(len(styles), STYLE_WIDTH)
+        for name, network in zip(("objects", "styles"), networks, strict=True):
+            network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        return cls(objects, styles, *networks)
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor | list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """P(object) [n, objects + 1], the last column for anything else, and P(style) [n, styles]."""
+        parts = as_tensor(images).split(256)
+        return tuple(torch.cat([net(p).softmax(1) for p in parts]) for net in (self.object_net, self.style_net))
+
+    def objects(self, images: Tensor | list[Image.Image]) -> list[str]:
+        """The likeliest object of each picture, or "other"."""
+        return [self.object_names[i] for i in self.probabilities(images)[0].argmax(1).tolist()]
+
+    def styles(self, images: Tensor | list[Image.Image]) -> list[str]:
+        """The likeliest style of each picture."""
+        return [self.style_names[i] for i in self.probabilities(images)[1].argmax(1).tolist()]
+
+
+def as_tensor(images: Tensor | list[Image.Image]) -> Tensor:
+    """Pictures as float [n, 3, 64, 64] in [0, 1]."""
+    if not isinstance(images, Tensor):
+        arrays = [np.asarray(image.convert("RGB")) for image in images]
+        images = torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float() / 255
+    if images.shape[1:] != (3, 64, 64):
+        raise EraseError(f"the judge reads 64 x 64 RGB pictures, [n, 3, 64, 64]; got {tuple(images.shape)}")
+    return images.float()

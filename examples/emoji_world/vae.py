@@ -1,0 +1,133 @@
+"""Train the AutoencoderKL: 64 x 64 x 3 pictures to 8 x 8 x 8 latents, whitened inside the stock class.
+
+Reads emoji.npy and objects.npy of WORK, resumes from vae.pt, writes the folder WORK/vae.
+"""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from training import Average, Clock, arguments, descend, half, pictures, save
+
+from data import HELD_OUT
+
+BATCH, PEAK, LATENTS = 16, 2e-3, 8
+
+
+def model() -> AutoencoderKL:
+    widths = (24, 48, 96, 128)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=LATENTS,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+class Pictures:
+    """Three quarters of a batch from our objects, a quarter from all emoji; none of the held-out jitters."""
+
+    def __init__(self, work):
+        self.objects = np.load(work / "objects.npy", mmap_mode="r")
+        self.objects = self.objects[:, :, :-HELD_OUT].reshape(-1, 64, 64, 3)
+        self.emoji = np.load(work / "emoji.npy", mmap_mode="r").reshape(-1, 64, 64, 3)
+        self.rng = np.random.default_rng()
+
+    def batch(self, size: int) -> Tensor:
+        sizes = (size - size // 4, size // 4)
+        draws = zip((self.objects, self.emoji), sizes, strict=True)
+        return pictures(np.concatenate([a[self.rng.integers(len(a), size=n)] for a, n in draws]))
+
+
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.diff(dim=-1), x.diff(dim=-2)
+
+
+def loss(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 on pixels and on their differences, squared error, and a weak pull of the posterior to the unit Gaussian."""
+    with half():
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+    y, kl = y.float(), posterior.kl().float().mean() / x[0].numel()
+    edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(x), gradients(y), strict=True))
+    square = F.mse_loss(y, x)
+    return F.l1_loss(y, x) + edges + 2 * square + 2e-4 * kl, square
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, x: Tensor) -> AutoencoderKL:
+    """The same autoencoder with latents of mean 0 and covariance 1, by folding both into its 1 x 1 convolutions.
+
+    z' = W (z - m) with W = C^(-1/2); the decoder undoes it. The posterior's variance becomes a small constant.
+    """
+    vae = copy.deepcopy(vae)
+    posterior = vae.encode(x).latent_dist
+    z = posterior.mean.movedim(1, -1).flatten(0, -2).double()
+    mean, covariance = z.mean(0), torch.cov(z.T)
+    values, vectors = torch.linalg.eigh(covariance)
+    print("eigenvalues of the latents:", [round(v, 3) for v in values.tolist()])
+    forward = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    backward = vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+    enter, leave, n = vae.quant_conv, vae.post_quant_conv, LATENTS
+    weight, bias = enter.weight.flatten(1).double(), enter.bias.double()
+    noise = (forward**2 @ posterior.var.double().mean((0, 2, 3))).log()
+    weight = torch.cat([forward @ weight[:n], torch.zeros_like(weight[n:])])
+    enter.weight.copy_(weight[:, :, None, None])
+    enter.bias.copy_(torch.cat([forward @ (bias[:n] - mean), noise]))
+    weight = leave.weight.flatten(1).double()
+    leave.bias.copy_(leave.bias.double() + weight @ mean)
+    leave.weight.copy_((weight @ backward)[:, :, None, None])
+    return vae
+
+
+@torch.no_grad()
+def decibels(vae: AutoencoderKL, x: Tensor) -> float:
+    """PSNR of reconstructions from the posterior's mean."""
+    parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in x.split(64)]
+    return -10 * torch.log10(F.mse_loss(torch.cat(parts), x) / 4).item()
+
+
+def main() -> None:
+    options = arguments(__doc__, minutes=40)
+    work, checkpoint = options.work, options.work / "vae.pt"
+    data = Pictures(work)
+    held_out = pictures(np.load(work / "objects.npy", mmap_mode="r")[:, :, -1].reshape(-1, 64, 64, 3))
+    vae = model()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, weight_decay=1e-4)
+    average, step, spent = Average(vae, 0.995), 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values, average.steps, step, spent = state["average"], state["step"], state["step"], state["spent"]
+    clock, recent = Clock(options.minutes, spent, warmup=50), []
+    while clock.running:
+        total, square = loss(vae, data.batch(BATCH))
+        descend(optimizer, total, clock.rate(step), PEAK)
+        average.update(vae)
+        recent.append(square.item())
+        step += 1
+        if step % 100 == 0:
+            print(f"step {step}  {clock.spent:.1f} min  train {-10 * np.log10(np.mean(recent) / 4):.2f} dB", flush=True)
+            recent.clear()
+        if step % 400 == 0 or not clock.running:
+            save(
+                checkpoint, model=vae.state_dict(), optimizer=optimizer.state_dict(),
+                average=average.values, step=step, spent=clock.spent,
+            )  # fmt: skip
+    final = whiten(average.copy_to(vae).eval(), data.batch(512))
+    print(f"{step} steps; held-out renders: {decibels(final, held_out):.2f} dB")
+    final.save_pretrained(work / "vae")
+
+
+if __name__ == "__main__":
+    main()
