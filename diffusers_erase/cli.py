@@ -1,6 +1,5 @@
 """The command line: parse, call, print. The only file that prints; bad input is one line and exit code 2."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,12 +173,15 @@ def _pipeline(model: str) -> Any:
         return world.load()
     if not Path(model).is_dir():
         raise EraseError(f"no model folder at {model!r}: expected a diffusers folder, or {EMBEDDED} for the embedded model")
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
+    import diffusers
+    import transformers
 
-    diffusers_logging.set_verbosity_error()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    return DiffusionPipeline.from_pretrained(model, local_files_only=True)
+    for host in (diffusers, transformers):
+        host.utils.logging.set_verbosity_error()
+        host.utils.logging.disable_progress_bar()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _default(model: str, setting: str, other: float) -> Any:

@@ -1,0 +1,134 @@
+"""The command line: what a person types, what is printed, and one line with exit code 2 for bad input."""
+
+import shutil
+
+import pytest
+from conftest import make_pipe
+from typer.testing import CliRunner
+
+from diffusers_erase import ErasureAdapter, compose
+from diffusers_erase.cli import app
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_pipe(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory):
+    """Two adapters made by the command line: cat → dog, boat → the empty prompt."""
+    folder = tmp_path_factory.mktemp("adapters")
+    run("erase", model, "cat", "--target", "dog", "--preserve", "wolf", "--out", str(folder / "cat"))
+    run("erase", model, "boat", "--gate", "0.7", "--out", str(folder / "boat"))
+    return folder
+
+
+def run(*args, expect=0):
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "200"})
+    assert result.exit_code == expect, result.output
+    return result
+
+
+def refused(*args):
+    """The one line that bad input gets."""
+    result = run(*args, expect=2)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.output
+    return lines[0]
+
+
+def test_erase_saves_what_it_says(model, adapters):
+    adapter = ErasureAdapter.from_pretrained(adapters / "cat")
+    assert adapter.concepts == ("cat",)
+    assert adapter.recipes[0].targets == ("dog",)
+    assert adapter.edit.preserved == ("wolf",)
+    assert {p.name for p in (adapters / "cat").iterdir()} == {
+        "erasure.safetensors",
+        "erasure_config.json",
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+    }
+
+
+def test_several_concepts_take_one_target_or_one_each(model, tmp_path):
+    run("erase", model, "cat", "boat", "--target", "dog", "--target", "car", "--out", str(tmp_path / "each"))
+    each = {r.concept: r.targets for r in ErasureAdapter.from_pretrained(tmp_path / "each").recipes}
+    assert each == {"cat": ("dog",), "boat": ("car",)}
+    run("erase", model, "cat", "boat", "--target", "dog", "--out", str(tmp_path / "one"))
+    one = {r.concept: r.targets for r in ErasureAdapter.from_pretrained(tmp_path / "one").recipes}
+    assert one == {"cat": ("dog",), "boat": ("dog",)}
+
+
+def test_show_tells_concept_target_and_digest(adapters):
+    shown = run("show", str(adapters / "cat")).stdout
+    digest = ErasureAdapter.from_pretrained(adapters / "cat").digest
+    assert "cat" in shown and "dog" in shown and digest[:16] in shown and "preserved: wolf" in shown
+
+
+def test_compose_is_the_librarys(adapters, tmp_path):
+    run("compose", str(adapters / "cat"), str(adapters / "boat"), "--out", str(tmp_path / "both"))
+    both = compose(*(ErasureAdapter.from_pretrained(adapters / name) for name in ("boat", "cat")))
+    assert ErasureAdapter.from_pretrained(tmp_path / "both").digest == both.digest
+
+
+def test_load_check_says_what_is_in_force(model, adapters):
+    said = run("load-check", model, str(adapters / "cat"), str(adapters / "boat")).stdout
+    assert "in force (map) on unet: cat, boat" in said
+
+
+def test_generate_draws_with_and_without(model, adapters, tmp_path):
+    from PIL import Image, ImageChops
+
+    draw = ["generate", model, "a photo of a cat", "--steps", "2", "--seed", "3"]
+    run(*draw, "--out", str(tmp_path / "before"))
+    run(*draw, "--out", str(tmp_path / "again"))
+    run(*draw, "--adapter", str(adapters / "cat"), "--out", str(tmp_path / "after"))
+    before, again, after = (Image.open(tmp_path / d / "000-seed3.png").convert("RGB") for d in ("before", "again", "after"))
+    assert ImageChops.difference(before, again).getbbox() is None
+    assert ImageChops.difference(before, after).getbbox() is not None
+
+
+def test_methods_are_listed(adapters):
+    listed = run("methods").stdout
+    assert "ridge" in listed and "uce" in listed and "lamb=0.5" in listed
+
+
+@pytest.mark.parametrize(
+    ("concept", "options", "said"),
+    [
+        ("", [], "empty name"),
+        ("cat " * 80, [], "tokens"),
+        ("猫", [], "knows no part"),
+        ("cat", ["--target", "Cat"], "itself"),
+        ("cat", ["--preserve", "cat"], "erased and preserved"),
+        ("cat", ["--residual", "1.5"], "between 0 and 1"),
+        ("cat", ["--method", "magic"], "unknown method"),
+        ("cat", ["--tokens", "first"], "unknown token policy"),
+        ("cat", ["--pack", "nowhere.json"], "no base pack"),
+    ],
+)
+def test_bad_requests_get_one_line(model, tmp_path, concept, options, said):
+    assert said in refused("erase", model, concept, *options, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_foreign_folders_get_one_line(model, adapters, tmp_path):
+    assert "no model folder" in refused("erase", str(tmp_path / "nowhere"), "cat", "--out", str(tmp_path / "out"))
+    assert "no erasure at" in refused("show", str(tmp_path / "nowhere"))
+    assert "no erasure at" in refused("load-check", model, model)
+    (tmp_path / "empty").mkdir()
+    refused("generate", str(tmp_path / "empty"), "a cat", "--out", str(tmp_path / "out"))
+    shutil.copytree(adapters / "cat", tmp_path / "cut")
+    (tmp_path / "cut" / "erasure.safetensors").write_bytes((adapters / "cat" / "erasure.safetensors").read_bytes()[:-7])
+    assert "not a whole" in refused("show", str(tmp_path / "cut"))
+
+
+def test_another_base_is_refused(adapters, tokenizer, tmp_path):
+    make_pipe(tokenizer, width=48).save_pretrained(tmp_path / "wide")
+    assert "width" in refused("load-check", str(tmp_path / "wide"), str(adapters / "cat"))
+    make_pipe(tokenizer, seed=9).save_pretrained(tmp_path / "other")
+    assert "encoder answers differently" in refused("load-check", str(tmp_path / "other"), str(adapters / "cat"))
