@@ -9,6 +9,7 @@ Read the package in the order of its files' imports: errors, solve, edits, sites
 mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of pictures `diffusers_erase.bench`.
 """
 
+from . import world
 from .adapter import ErasureAdapter, compose
 from .attach import (
     ErasureStatus,
@@ -59,4 +60,5 @@ __all__ = [
     "set_erasures",
     "unfuse_erasure",
     "unload_erasure",
+    "world",
 ]

@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from diffusers_erase.cli import app
+
 README = Path(__file__).parents[1] / "README.md"
 
 RUN = "import pathlib, sys; exec(compile(pathlib.Path(sys.argv[1]).read_text('utf-8'), 'README.md', 'exec'))"
@@ -36,7 +40,8 @@ def test_readme_snippets_run(tmp_path):
     script = tmp_path / "snippets.txt"
     script.write_text(python_of(README.read_text(encoding="utf-8")), encoding="utf-8")
     folder = tmp_path / "cwd"
-    folder.mkdir()
+    adapter = folder / "erase-demo" / "adapter"  # what the README's first command leaves behind
+    CliRunner().invoke(app, ["erase", "emoji-sd", "butterfly", "--out", str(adapter)], catch_exceptions=False)
     found = subprocess.run(
         [sys.executable, "-c", RUN, script],
         cwd=folder,

@@ -7,7 +7,7 @@ from ..errors import EraseError
 from .suites import CONCEPT, NEIGHBOUR, PARAPHRASE, UNRELATED, Case, Suite, cases
 
 UNRELATED_OBJECTS = 8
-SEEDS = (1, 2)
+SEEDS = (1, 2, 3, 4)
 
 
 def demo_suite(concept: str, pipe: Any, neighbours: int = 4) -> Suite:
@@ -31,8 +31,8 @@ def _for_object(concept: str, neighbours: int) -> list[Case]:
     words = world.paraphrases(concept)[:2]
     return [
         *cases(CONCEPT, _styled([concept]), SEEDS),
-        *cases(PARAPHRASE, [(world.prompt(word, style), concept, style) for word in words for style in world.STYLES], SEEDS[:1]),
-        *cases(NEIGHBOUR, _styled(near), SEEDS[:1]),
+        *cases(PARAPHRASE, [(world.prompt(word, style), concept, style) for word in words for style in world.STYLES], SEEDS[:2]),
+        *cases(NEIGHBOUR, _styled(near), SEEDS[:2]),
         *cases(UNRELATED, _styled(_unrelated([concept, *world.neighbours(concept, 8)])), SEEDS[:1]),
     ]
 
