@@ -7,6 +7,8 @@ the pack H = λI. One deviation: the release sends an empty target to the start 
 content row of the empty prompt.
 """
 
+import math
+
 import torch
 
 from ..edits import Edit, Pack
@@ -20,8 +22,11 @@ def uce(task: Task, *, lamb: float = 0.5, erase_scale: float = 1.0, preserve_sca
 
     Tokens, templates and the strength are the paper's own and cannot be chosen; the residual that results is recorded.
     """
-    if min(lamb, erase_scale, preserve_scale) <= 0:
-        raise EraseError(f"lamb, erase_scale and preserve_scale are positive: got {lamb}, {erase_scale}, {preserve_scale}")
+    if not all(0 < weight < math.inf for weight in (lamb, erase_scale, preserve_scale)):
+        raise EraseError(
+            f"lamb, erase_scale and preserve_scale are positive: got {lamb}, {erase_scale}, {preserve_scale}"
+        )
+    lamb = float(lamb)  # 1 and 1.0 are one pack
     labels, keys, offsets = task.rows(task.tokens, task.templates)
     names, preserved = task.preserved_rows(task.tokens, task.templates)
     C = torch.cat([keys, preserved])
@@ -30,7 +35,7 @@ def uce(task: Task, *, lamb: float = 0.5, erase_scale: float = 1.0, preserve_sca
         labels=(*labels, *names),
         keys=C,
         offsets=torch.cat([offsets, torch.zeros_like(preserved)]),
-        strengths=torch.cat([torch.full((len(keys),), erase_scale), torch.full((len(preserved),), preserve_scale)]).double(),
+        strengths=torch.tensor([erase_scale] * len(keys) + [preserve_scale] * len(preserved), dtype=torch.float64),
         pulled=pack.pull(C),
         pack=pack.name,
         pack_digest=pack.digest,
