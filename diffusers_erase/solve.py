@@ -13,6 +13,8 @@ Rows are embeddings, everywhere. Symbols, once for the whole package (docs/maths
 Everything is solved in float64 and returned in float64; callers cast once, at the end.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ def pull(keys: Tensor, gram: Tensor, hard: Tensor) -> Tensor:
     U = torch.cholesky_solve(C.mT, factor).mT
     if len(K0):
         V = torch.cholesky_solve(K0.mT, factor).mT
-        U = U - U @ K0.mT @ torch.linalg.solve(K0 @ V.mT, V)
+        free = U - U @ K0.mT @ torch.linalg.solve(K0 @ V.mT, V)
+        # A key among the hard rows has nothing left but rounding, which a large strength would take for a direction.
+        U = torch.where(free.norm(dim=1, keepdim=True) > 1e-9 * U.norm(dim=1, keepdim=True), free, 0.0)
     return U
 
 
@@ -66,8 +70,8 @@ def residual(keys: Tensor, offsets: Tensor, detectors: Tensor) -> float:
 def strength_for(keys: Tensor, offsets: Tensor, pulled: Tensor, weights: Tensor, goal: float) -> float | None:
     """The one scalar s with which rows of strengths s·weights (offset 0: weights alone) reach the residual `goal`.
 
-    Bisection on log s: the residual falls monotonically from 1 to its limit. One scalar, never one a row: calibrating
-    near-equal rows one by one diverges. Returns None where no finite strength reaches the goal.
+    Bisection on log s: with equal weights the residual falls monotonically from 1 to its limit. One scalar, never one a
+    row: calibrating near-equal rows one by one diverges. Returns None where no finite strength reaches the goal.
 
     Args:
         weights: `[k]`; for rows with an offset a factor of s, for preserved rows their strength itself.
@@ -83,7 +87,10 @@ def strength_for(keys: Tensor, offsets: Tensor, pulled: Tensor, weights: Tensor,
         left = torch.linalg.solve(loose + K, loose).mT[moving]
         return float(((left @ DD) * left).sum().clamp_min(0).sqrt() / DD.trace().sqrt())
 
-    typical = K.diagonal()[moving].clamp_min(1e-300).mean().log10().item()
+    pull = float(K.diagonal()[moving].mean())
+    if pull <= 0:
+        return None
+    typical = math.log10(pull)
     low, high = -typical - 9.0, -typical + 9.0
     if reached(high) > goal or reached(low) < goal:
         return None
