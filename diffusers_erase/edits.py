@@ -41,7 +41,9 @@ class Label(NamedTuple):
     @classmethod
     def from_json(cls, entry: Sequence) -> "Label":
         concept, name, role, targets, gate = entry
-        return cls(concept, name, role, None if targets is None else tuple(targets), None if gate is None else Gate(*gate))
+        return cls(
+            concept, name, role, None if targets is None else tuple(targets), None if gate is None else Gate(*gate)
+        )
 
 
 def same_name(name: str) -> str:
@@ -175,7 +177,10 @@ class Edit:
         """Of each concept, the share of its offsets that is left when all rows are solved together."""
         left = solve.unmoved(self.keys, self.offsets, self.detectors())
         asked = self.offsets.double()
-        rows = {c: [i for i, label in enumerate(self.labels) if label.targets is not None and label.concept == c] for c in self.concepts}
+        rows = {
+            c: [i for i, label in enumerate(self.labels) if label.targets is not None and label.concept == c]
+            for c in self.concepts
+        }
         return {c: float(left[i].norm() / asked[i].norm()) for c, i in rows.items()}
 
     def calibrated(self, goal: float) -> "Edit":
@@ -280,7 +285,8 @@ def _check_one_target(edit: Edit) -> None:
             continue
         for identity in ((same_name(label.name), label.role), _bytes(key)):
             first, to = seen.setdefault(identity, (label, _bytes(offset)))
-            if first.targets != label.targets or (identity == _bytes(key) and to != _bytes(offset)):
+            same = tuple(map(same_name, first.targets)) == tuple(map(same_name, label.targets))
+            if not same or (identity == _bytes(key) and to != _bytes(offset)):
                 raise ConflictError(
                     f"one key with two targets: {label.name!r} ({label.role}) is sent to {_say(first.targets)} and to "
                     f"{_say(label.targets)}; keep one of the two adapters"
@@ -295,7 +301,8 @@ def _follow_chains(edit: Edit, erased: set[str], chains: str) -> Edit:
         visited = {same_name(label.name)}
         while labels[i].targets and any(same_name(t) in erased for t in labels[i].targets):
             target = labels[i].targets[0]
-            onward = where.get((same_name(target), label.role))
+            # As `Task` does: inner tokens of a longer name went to the target's last token.
+            onward = where.get((same_name(target), "subject" if label.role.startswith("name:") else label.role))
             if chains != "follow":
                 raise ConflictError(
                     f"{label.concept!r} is sent to {target!r}, which is erased too, so it would land on an erased concept; "
@@ -307,7 +314,7 @@ def _follow_chains(edit: Edit, erased: set[str], chains: str) -> Edit:
                     f"{target!r} has no row for the role {label.role!r}; choose another target for {label.concept!r}"
                 )
             visited.add(same_name(target))
-            offsets[i] = offsets[i] + edit.offsets[onward]
+            offsets[i] = edit.keys[onward] + edit.offsets[onward] - edit.keys[i]  # exact also where templates differ
             labels[i] = labels[i]._replace(targets=edit.labels[onward].targets)
     return replace(edit, labels=tuple(labels), offsets=offsets)
 
