@@ -15,7 +15,7 @@ from .edits import Gate, Pack, same_name
 from .errors import EraseError
 from .sites import text_readers, text_width
 from .task import Method, Task, method_named
-from .text import TEMPLATES, Encoder, PackRecipe, background, base_pack, pack_digest, roles_of
+from .text import TEMPLATES, Encoder, PackRecipe, background, base_pack, check_templates, pack_digest, roles_of
 
 
 def erase(
@@ -61,32 +61,45 @@ def erase(
     concepts = _names(concept)
     targets = _targets(target, concepts, several=not isinstance(concept, str))
     chosen, settings = method_named(method, options)
+    if templates is not None:
+        check_templates(templates)
     asked = {"residual": residual, "tokens": tokens, "templates": templates and tuple(templates)}
-    if clash := [key for key, value in asked.items() if key in chosen.fixed and value not in (None, chosen.fixed[key])]:
+    if clash := [
+        key for key, value in asked.items() if key in chosen.fixed and value not in (None, chosen.fixed[key])
+    ]:
         raise EraseError(f"method {method!r} decides {clash[0]} itself: leave it out, or use method='ridge'")
     if residual is not None and not 0 < residual < 1:
-        raise EraseError(f"residual is the share of the concept that is left, between 0 and 1, such as 0.02: got {residual}")
+        raise EraseError(
+            f"residual is the share of the concept that is left, between 0 and 1, such as 0.02: got {residual}"
+        )
+    if gate is not None and not 0 < gate < 1:
+        raise EraseError(
+            f"gate is the resemblance below which the edit lets go, between 0 and 1, such as 0.7: got {gate}"
+        )
     encoder = Encoder(pipe)
     if encoder.width != text_width(text_readers(pipe)["unet"]):
-        raise EraseError(f"the text encoder gives width {encoder.width}, the UNet reads {text_width(pipe.unet)}: the pipeline's parts do not fit")
+        raise EraseError(
+            f"the text encoder gives width {encoder.width}, the UNet reads {text_width(pipe.unet)}: the pipeline's parts do not fit"
+        )
     recipe = _recipe(pipe, pack)
     defaults = {"residual": 0.02, "tokens": "last+eot", "templates": recipe.templates}
-    decided = {key: chosen.fixed.get(key, asked[key] or default) for key, default in defaults.items()}
+    given = {key: value for key, value in asked.items() if value is not None}
+    decided = defaults | given | chosen.fixed
     make_pack = cache(lambda: _pack(encoder, recipe))
     made = []
     for name, goal in zip(concepts, targets, strict=True):
         task = Task(
             encoder=encoder,
             concept=name,
-            coreferences=_names(coreferences),
+            coreferences=tuple(dict.fromkeys(_names(coreferences))),
             targets=goal,
-            preserve=_names(preserve),
+            preserve=tuple(dict.fromkeys(_names(preserve))),
             gate=None if gate is None else Gate(gate),
             pack=make_pack,
             **decided,
         )
         _check(task)
-        made.append(_adapter(task, chosen, settings, getattr(getattr(pipe, "config", None), "_name_or_path", "") or ""))
+        made.append(_adapter(task, chosen, settings, hub.model_name(pipe)))
     return made[0] if len(made) == 1 else compose(*made)
 
 
@@ -104,7 +117,7 @@ def _adapter(task: Task, method: Method, settings: dict[str, Any], base_model: s
         residual=float(f"{edit.residuals()[task.concept]:.3g}"),
         effect=round(effect(task.encoder, edit, task.concept), 4),
     )
-    return compose(ErasureAdapter(edit, task.encoder.fingerprint(), (recipe,), str(base_model)))
+    return compose(ErasureAdapter(edit, task.encoder.fingerprint(), (recipe,), base_model))
 
 
 def _pack(encoder: Encoder, recipe: PackRecipe) -> Pack:
@@ -128,6 +141,8 @@ def _recipe(pipe: Any, pack: str | Path | PackRecipe | None) -> PackRecipe:
 
 
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(given, Iterable):
+        raise EraseError(f"a name is a text such as 'Van Gogh', names are a list of texts: got {given!r}")
     names = (given,) if isinstance(given, str) else tuple(given)
     return tuple(name.strip() if isinstance(name, str) else name for name in names)
 
@@ -138,16 +153,24 @@ def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tupl
         raise EraseError("no concept was given: expected its name, such as 'Van Gogh'")
     each = list(target) if several and not isinstance(target, str) else [target] * len(concepts)
     if len(each) != len(concepts):
-        raise EraseError(f"{len(concepts)} concepts but {len(each)} targets: give one target, or a list with one for each concept")
+        raise EraseError(
+            f"{len(concepts)} concepts but {len(each)} targets: give one target, or a list with one for each concept"
+        )
     return [() if goal in ("null", "") else _names(goal) for goal in each]
 
 
 def _check(task: Task) -> None:
     for name in (task.concept, *task.coreferences, *task.targets, *task.preserve):
         task.encoder.check_name(name)
+    if same_name(task.concept) in map(same_name, task.coreferences):
+        raise EraseError(
+            f"{task.concept!r} is the concept itself: leave it out of coreferences, which are its other names"
+        )
     own = {same_name(name) for name in (task.concept, *task.coreferences)}
     if both := [t for t in task.targets if same_name(t) in own]:
-        raise EraseError(f"{task.concept!r} would be sent to {both[0]!r}, itself: choose a target that is something else")
+        raise EraseError(
+            f"{task.concept!r} would be sent to {both[0]!r}, itself: choose a target that is something else"
+        )
     if both := [p for p in task.preserve if same_name(p) in own]:
         raise EraseError(f"{both[0]!r} is to be erased and preserved: take it out of one of the two lists")
     if "pads" in roles_of(task.tokens, 1) and task.gate is None and task.pack().hard is None:

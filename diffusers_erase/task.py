@@ -46,6 +46,10 @@ class Task:
                 labels.append(Label(self.concept, name, role, self.targets, self.gate))
                 keys.append(own[role])
                 offsets.append(goal[role] - own[role])
+                if not bool(offsets[-1].any()):
+                    raise EraseError(
+                        f"{name!r} has the same text state as its target ({role}): the model cannot tell them apart; choose another target"
+                    )
         return labels, torch.stack(keys), torch.stack(offsets)
 
     def preserved_rows(self, tokens: str, templates: Sequence[str]) -> tuple[list[Label], Tensor]:
@@ -108,5 +112,7 @@ def method_named(name: str, options: dict[str, Any]) -> tuple[Method, dict[str, 
         raise EraseError(f"unknown method {name!r}: expected one of {', '.join(sorted(METHODS))}")
     known = METHODS[name].options
     if unknown := set(options) - set(known):
-        raise EraseError(f"method {name!r} has no option {sorted(unknown)[0]!r}: its options are {', '.join(known) or 'none'}")
+        raise EraseError(
+            f"method {name!r} has no option {sorted(unknown)[0]!r}: its options are {', '.join(known) or 'none'}"
+        )
     return METHODS[name], known | options

@@ -91,6 +91,17 @@ class PackRecipe:
     templates: tuple[str, ...] = TEMPLATES
     """Contexts for names in this model's language."""
 
+    def __post_init__(self):
+        if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise EraseError(
+                f"base pack {self.name!r} needs prompts that stand for everything else: expected a list of texts"
+            )
+        if not 0 < self.ridge < math.inf:
+            raise EraseError(
+                f"base pack {self.name!r} needs a positive ridge, such as {PackRecipe.ridge}: got {self.ridge}"
+            )
+        check_templates(self.templates)
+
     @classmethod
     def from_json(cls, data: dict) -> "PackRecipe":
         return cls(
@@ -133,11 +144,14 @@ class Encoder:
         self.tokenizer = pipe.tokenizer
         self.window = min(self.tokenizer.model_max_length, 10_000)
         self.width: int = pipe.text_encoder.config.hidden_size
+        self._rows: dict[tuple, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> States:
-        """States of `prompts` as the host's own `encode_prompt` gives them."""
+    def encode(self, prompts: Sequence[str], *, cut: bool = False) -> States:
+        """States of `prompts` as the host's own `encode_prompt` gives them; `cut` allows what it does to longer ones."""
         ids = tuple(tuple(self.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts)
+        if cut:
+            ids = tuple(tokens[: self.window - 2] for tokens in ids)
         for prompt, tokens in zip(prompts, ids, strict=True):
             if len(tokens) > self.window - 2:
                 raise EraseError(
@@ -155,15 +169,18 @@ class Encoder:
 
         Roles: `subject` the last token of the name, `name:i` its i-th, `eot` the first end-of-text, `pads` the mean of what follows.
         """
-        if bad := [t for t in templates if t.count("{}") != 1]:
-            raise EraseError(f"a template holds the name once, as {{}}: found {bad[0]!r}")
+        asked = (name, tuple(roles), tuple(templates))
+        if asked in self._rows:  # of a hundred concepts with one target it is read once
+            return self._rows[asked]
+        check_templates(templates)
         states = self.encode([t.replace("{}", name) for t in templates])
         means = {role: torch.zeros(states.rows.shape[-1], dtype=torch.float64) for role in roles}
         for i, template in enumerate(templates):
             last = self._last_token(template, name, states.ids[i])
             for role in roles:
                 means[role] += _row(states.rows[i].double(), role, last, self.length(name), states.end(i))
-        return {role: mean / len(templates) for role, mean in means.items()}
+        self._rows[asked] = {role: mean / len(templates) for role, mean in means.items()}
+        return self._rows[asked]
 
     def null_rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
         """Where the empty target lies: its own EOT and pads for these roles, for names the mean of all rows but the start token.
@@ -185,7 +202,9 @@ class Encoder:
         ids = self.tokenizer(name, add_special_tokens=False)["input_ids"]
         known = [i for i in ids if i not in (self.tokenizer.unk_token_id, self.tokenizer.eos_token_id)]
         if not known:
-            raise EraseError(f"the tokenizer knows no part of {name!r}: the model cannot draw it by name; use another word for it")
+            raise EraseError(
+                f"the tokenizer knows no part of {name!r}: the model cannot draw it by name; use another word for it"
+            )
 
     def fingerprint(self) -> Fingerprint:
         """This encoder's answer to the fixed probe prompts."""
@@ -205,10 +224,23 @@ class Encoder:
 
     def _last_token(self, template: str, name: str, ids: tuple[int, ...]) -> int:
         """Index in the states of the last token of `name`: the tokens of the text up to there, plus the start token."""
-        before = tuple(self.tokenizer(template.split("{}")[0] + name, add_special_tokens=False)["input_ids"])
-        if ids[: len(before)] != before:
-            raise EraseError(f"{name!r} merges with the words after it in the template {template!r}: put a space behind {{}}")
+        alone, before = (
+            tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (name, template.split("{}")[0] + name)
+        )
+        if ids[: len(before)] != before or before[-len(alone) :] != alone:
+            raise EraseError(
+                f"{name!r} merges with the words beside it in the template {template!r}: put spaces around {{}}"
+            )
         return len(before)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise unless there are templates and each has one place for the name."""
+    if isinstance(templates, str) or not templates:
+        raise EraseError(f"templates are a list of texts, such as ['a photo of {{}}']: got {templates!r}")
+    if bad := [t for t in templates if t.count("{}") != 1]:
+        raise EraseError(f"a template holds the name once, as {{}}: found {bad[0]!r}")
 
 
 def roles_of(tokens: str, names: int) -> tuple[str, ...]:
@@ -237,10 +269,14 @@ def background(encoder: Encoder, recipe: PackRecipe) -> tuple[Tensor, Tensor]:
     """
     moment, count = 0.0, 0
     for start in range(0, len(recipe.prompts), BATCH):
-        states = encoder.encode(recipe.prompts[start : start + BATCH])
+        states = encoder.encode(recipe.prompts[start : start + BATCH], cut=True)
         for i, rows in enumerate(states.rows.double()):
             end = states.end(i)
-            kept = torch.cat([rows[1 : end + 1], rows[end + 1 :].mean(0, keepdim=True)]) if end + 1 < len(rows) else rows[1:]
+            kept = (
+                torch.cat([rows[1 : end + 1], rows[end + 1 :].mean(0, keepdim=True)])
+                if end + 1 < len(rows)
+                else rows[1:]
+            )
             moment, count = moment + kept.mT @ kept, count + len(kept)
     empty = encoder.encode([""]).rows[0].double()
     return moment / count, torch.stack([empty[0], empty[1], empty[2:].mean(0)])
