@@ -156,6 +156,10 @@ def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tupl
         raise EraseError(
             f"{len(concepts)} concepts but {len(each)} targets: give one target, or a list with one for each concept"
         )
+    if "auto" in each:
+        raise EraseError(
+            "target search ('auto') is not part of this version: name the target, or leave it out for the empty prompt"
+        )
     return [() if goal in ("null", "") else _names(goal) for goal in each]
 
 
