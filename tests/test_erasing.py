@@ -1,0 +1,197 @@
+"""`erase` from the outside: what it refuses, what it promises about several concepts, size and the state of the pipe."""
+
+import pytest
+import torch
+
+from diffusers_erase import EraseError, compose, disable_erasure, erase, fuse_erasure, load_erasure
+from tests.cases import PACK
+from tests.conftest import make_pipe
+
+
+@pytest.fixture(scope="module")
+def still(tokenizer):
+    """A pipe that no test changes."""
+    return make_pipe(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"concept": ""}, "an empty name was given"),
+        ({"concept": "  "}, "an empty name was given"),
+        ({"concept": []}, "no concept was given: expected its name"),
+        ({"concept": ["cat", ""]}, "an empty name was given"),
+        ({"concept": "漢字"}, "knows no part of '漢字'"),
+        ({"concept": "cat " * 80}, "has 8[0-9] tokens, the text encoder reads 75"),
+        ({"concept": 7}, "a name is a text such as 'Van Gogh'.*got 7"),
+        ({"concept": [7]}, "an empty name was given"),
+        ({"target": "cat"}, "'cat' would be sent to 'cat', itself: choose a target"),
+        ({"target": " CAT "}, "would be sent to 'CAT', itself"),
+        ({"target": ["dog", "cat"]}, "itself"),
+        ({"target": "kitten", "coreferences": "kitten"}, "would be sent to 'kitten', itself"),
+        ({"target": "漢字"}, "knows no part"),
+        ({"target": None}, "a name is a text"),
+        ({"target": "auto"}, "target search .* is not part of this version: name the target"),
+        ({"concept": ["cat", "boat"], "target": ["dog", "auto"]}, "target search"),
+        (
+            {"concept": "cat 漢", "target": "cat 字"},
+            "'cat 漢' has the same text state as its target.*choose another target",
+        ),
+        ({"preserve": "cat"}, "'cat' is to be erased and preserved: take it out"),
+        ({"preserve": ["dog", "Cat"]}, "'Cat' is to be erased and preserved"),
+        ({"preserve": "kitten", "coreferences": ["kitten"]}, "erased and preserved"),
+        ({"preserve": ""}, "an empty name"),
+        ({"coreferences": "Cat"}, "'cat' is the concept itself: leave it out of coreferences"),
+        ({"method": "uce", "tokens": "last+eot"}, "'uce' decides tokens itself: leave it out, or use method='ridge'"),
+        ({"method": "uce", "residual": 0.1}, "'uce' decides residual itself"),
+        ({"method": "uce", "templates": ["a photo of {}"]}, "'uce' decides templates itself"),
+        ({"method": "unknown"}, "unknown method 'unknown': expected one of .*ridge, uce"),
+        ({"strength": 0.5}, "method 'ridge' has no option 'strength': its options are preserve_residual"),
+        (
+            {"method": "uce", "preserve_residual": 0.5},
+            "no option 'preserve_residual': its options are lamb, erase_scale",
+        ),
+        ({"residual": 0}, "residual is the share of the concept that is left, between 0 and 1.*got 0"),
+        ({"residual": 1}, "residual is the share.*got 1"),
+        ({"residual": float("nan")}, "residual is the share.*got nan"),
+        ({"residual": -0.1}, "residual is the share"),
+        ({"gate": 0}, "gate is the resemblance.*got 0"),
+        ({"gate": float("nan")}, "gate is the resemblance.*got nan"),
+        ({"gate": 1.5}, "gate is the resemblance"),
+        ({"tokens": "first"}, "unknown token policy 'first'"),
+        ({"tokens": ""}, "unknown token policy ''"),
+        ({"templates": []}, "templates are a list of texts"),
+        ({"templates": ["a photo"]}, "holds the name once"),
+        ({"templates": "a photo of {}"}, "templates are a list of texts"),
+        (
+            {"concept": ["cat", "boat"], "target": ["dog"]},
+            "2 concepts but 1 targets: give one target, or a list with one for each",
+        ),
+        ({"concept": ["cat"], "target": ["dog", "tree"]}, "1 concepts but 2 targets"),
+        ({"concept": ["cat", "dog"], "target": ["dog", "tree"]}, "'cat' is sent to 'dog', which is erased too"),
+        ({"concept": ["cat", "cat"], "target": ["dog", "tree"]}, "one key with two targets"),
+        ({"pack": "no/such/pack.json"}, "no base pack at no/such/pack.json"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}"[:30] for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_done_is_one_clear_line(still, arguments, told):
+    with pytest.raises(EraseError, match=told) as error:
+        erase(still, **({"concept": "cat", "pack": PACK} | arguments))
+    assert "\n" not in str(error.value)
+    assert 30 < len(str(error.value)) < 400
+
+
+def test_a_pipe_whose_parts_do_not_fit_is_refused(tokenizer):
+    pipe = make_pipe(tokenizer)
+    pipe.register_modules(unet=make_pipe(tokenizer, width=64).unet)
+    with pytest.raises(EraseError, match="the text encoder gives width 32, the UNet reads 64"):
+        erase(pipe, "cat", pack=PACK)
+
+
+# --- Several concepts and names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ridge", "uce"])
+@pytest.mark.parametrize("targets", ["null", "dog", ["dog", "tree"], [("dog", "wolf"), ""]], ids=str)
+def test_erasing_several_is_composing(still, method, targets):
+    def one(name, target):
+        return erase(still, name, target=target, method=method, pack=PACK)
+
+    each = [targets] * 2 if isinstance(targets, str) else targets
+    a, b = one("cat", each[0]), one("boat", each[1])
+    together = erase(still, ["cat", "boat"], target=targets, method=method, pack=PACK)
+    assert together.digest == compose(a, b).digest == compose(b, a).digest
+    assert together.concepts == ("boat", "cat")
+    assert together.digest != a.digest
+
+
+def test_a_crowded_set_is_refused_with_both_numbers(still):
+    """Two mild erasures that pull one another apart: `erase` refuses as `compose` does, and `compose` can be told not to."""
+    told = {"target": ["dog", "tree"], "residual": 0.3, "pack": PACK}
+    with pytest.raises(EraseError, match=r"in this set 4\d% of 'boat' would be left \(alone: 30%, allowed: 20%\)"):
+        erase(still, ["cat", "boat"], **told)
+    cat, boat = erase(still, "cat", **told | {"target": "dog"}), erase(still, "boat", **told | {"target": "tree"})
+    compose(cat, boat, residual_max=0.5)
+
+
+def test_one_concept_in_a_list_is_that_concept(still):
+    assert (
+        erase(still, ["cat"], target=["dog"], pack=PACK).digest == erase(still, "cat", target="dog", pack=PACK).digest
+    )
+    assert erase(still, " cat ", pack=PACK).digest == erase(still, "cat", target="", pack=PACK).digest
+
+
+def test_names_given_twice_count_once(still):
+    once = erase(still, "cat", coreferences="old cat", preserve="wolf", pack=PACK)
+    twice = erase(still, "cat", coreferences=["old cat", "old cat"], preserve=["wolf", "wolf "], pack=PACK)
+    assert once.digest == twice.digest
+    assert once.digest != erase(still, "cat", preserve="wolf", pack=PACK).digest
+
+
+def test_several_targets_are_their_mean(still):
+    """One row sent to the mean of two states, read off the adapters that go to each."""
+    mean, dog, tree = (
+        erase(still, "cat", target=target, tokens="last", pack=PACK).edit
+        for target in (("dog", "tree"), "dog", "tree")
+    )
+    torch.testing.assert_close(mean.offsets, (dog.offsets + tree.offsets) / 2, atol=1e-6, rtol=0)
+    assert mean.labels[0].targets == ("dog", "tree")
+
+
+def test_the_recipe_tells_how_it_was_made(still):
+    recipe = erase(still, "Van Gogh", target="a man", preserve="monet", method="uce", lamb=0.25).recipes[0]
+    assert (recipe.concept, recipe.targets, recipe.preserve, recipe.method) == (
+        "Van Gogh",
+        ("a man",),
+        ("monet",),
+        "uce",
+    )
+    assert recipe.options == {"lamb": 0.25, "erase_scale": 1.0, "preserve_scale": 1.0}
+    assert (recipe.tokens, recipe.templates) == ("last", ("{}",))
+    again = erase(
+        still, recipe.concept, target=recipe.targets, preserve=recipe.preserve, method=recipe.method, **recipe.options
+    )
+    assert again.recipes == (recipe,)
+
+
+# --- The pipe as it may be --------------------------------------------------------------------------------------------
+
+
+def test_another_erasure_in_force_changes_nothing(tokenizer):
+    pipe = make_pipe(tokenizer)
+    alone = erase(pipe, "cat", target="dog", pack=PACK).digest
+    load_erasure(pipe, erase(pipe, "boat", pack=PACK))
+    assert erase(pipe, "cat", target="dog", pack=PACK).digest == alone
+    fuse_erasure(pipe)
+    assert erase(pipe, "cat", target="dog", pack=PACK).digest == alone
+    with disable_erasure(pipe):
+        assert erase(pipe, "cat", target="dog", pack=PACK).digest == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_a_pipe_in_half_precision(tokenizer, dtype):
+    """Its adapter is its own, and it also fits the pipe in full precision: the checks at load hold."""
+    full, half = make_pipe(tokenizer), make_pipe(tokenizer).to(dtype)
+    adapter = erase(half, "cat", target="dog", pack=PACK)
+    assert half.unet.dtype == dtype
+    assert all(t.dtype == torch.float32 for t in (adapter.edit.keys, adapter.edit.offsets, adapter.edit.pulled))
+    reference = erase(full, "cat", target="dog", pack=PACK).edit
+    rounding = torch.finfo(dtype).eps
+    error = (adapter.edit.keys - reference.keys).norm() / reference.keys.norm()
+    assert 0 < error < 4 * rounding
+    load_erasure(full, adapter)
+    load_erasure(half, adapter)
+    fuse_erasure(half)
+
+
+@pytest.mark.parametrize("tokens", ["last+eot", "last"])
+def test_a_concept_of_sd1_fits_in_twenty_thousand_bytes(tokenizer, tokens, tmp_path, record_property):
+    """Width 768 and realistic names; the file's other numbers do not grow with the model."""
+    pipe = make_pipe(tokenizer, width=768)
+    pipe.config._name_or_path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    adapter = erase(pipe, "Vincent van Gogh", target="a famous painter", tokens=tokens, pack=PACK)
+    file = adapter.save_pretrained(tmp_path) / "erasure.safetensors"
+    record_property("bytes", file.stat().st_size)
+    assert adapter.base_model == pipe.config._name_or_path
+    assert file.stat().st_size <= 20_000
+    assert adapter.size <= file.stat().st_size
