@@ -4,6 +4,7 @@ An adapter is an `Edit` and its provenance. It holds no pipeline and no solution
 text states, edited weights, and a LoRA.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import edits, hub
 from .edits import Edit, Label
 from .errors import EraseError, MismatchError
-from .sites import sites, text_readers
+from .sites import ATTRIBUTE, sites, text_readers, unwrapped
 from .text import Fingerprint
 from .version import __version__
 
@@ -96,13 +97,16 @@ class ErasureAdapter:
         tensors, head = hub.read_adapter(source)
         try:
             adapter = cls._from_parts(tensors, head)
+            digest = adapter.digest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EraseError):
                 raise
-            raise MismatchError(f"{source} lacks or garbles a part of its head ({error!r}): fetch or save the adapter again") from error
-        if adapter.digest != head.get("digest"):
             raise MismatchError(
-                f"{source} has digest {adapter.digest[:12]}, its head promises {str(head.get('digest'))[:12]}: the file was changed "
+                f"{source} lacks or garbles a part of its head ({error!r}): fetch or save the adapter again"
+            ) from error
+        if digest != head.get("digest"):
+            raise MismatchError(
+                f"{source} has digest {digest[:12]}, its head promises {str(head.get('digest'))[:12]}: the file was changed "
                 f"after it was saved; fetch it again"
             )
         return adapter
@@ -128,12 +132,17 @@ class ErasureAdapter:
         state = {}
         for path, (down, up) in self._factors(model).items():
             name = f"lora_unet_{path.replace('.', '_')}"
-            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(len(down)))}
+            state |= {
+                f"{name}.lora_down.weight": down,
+                f"{name}.lora_up.weight": up,
+                f"{name}.alpha": torch.tensor(float(len(down))),
+            }
         return state
 
     def card(self) -> str:
         """The model card: what was erased, how, and what was not tested."""
-        base = f"base_model: {self.base_model}\nbase_model_relation: adapter\n" if "/" in self.base_model.strip("/.") else ""
+        known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.base_model)  # a repository, not somebody's folder
+        base = f"base_model: {self.base_model}\nbase_model_relation: adapter\n" if known else ""
         rows = "\n".join(
             f"| {r.concept} | {' + '.join(r.targets) or 'empty prompt'} | {r.method} | {r.tokens} | {r.residual:g} | {r.effect:.3f} |"
             for r in self.recipes
@@ -151,13 +160,21 @@ class ErasureAdapter:
     def _factors(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """(A `[r, d]`, W Dᵀ `[o, r]`) of every site, float32, contiguous."""
         reader = text_readers(model)["unet"] if hasattr(model, "unet") else model
+        attachment = getattr(unwrapped(reader), ATTRIBUTE, None)
+        if attachment is not None and attachment.kept:
+            raise EraseError(
+                "an erasure is fused into this model, a twin is made for the original weights: call unfuse_erasure() first"
+            )
         moving = self.edit.moving
         A, D = self.edit.detectors()[moving], self.edit.offsets.double()[moving]
         layers = {path: linear.weight for path, linear in sites(reader).items() if not path.endswith("to_kv")}
         if any(weight.shape[1] != self.edit.width for weight in layers.values()):
-            raise MismatchError(f"the adapter edits text states of width {self.edit.width}; this model reads another width")
+            raise MismatchError(
+                f"the adapter edits text states of width {self.edit.width}; this model reads another width"
+            )
         return {
-            path: (A.float().clone(), (weight.detach().cpu().double() @ D.mT).float().contiguous()) for path, weight in layers.items()
+            path: (A.float().clone(), (weight.detach().cpu().double() @ D.mT).float().contiguous())
+            for path, weight in layers.items()
         }
 
     def _head(self) -> dict[str, Any]:
@@ -177,15 +194,21 @@ class ErasureAdapter:
     @classmethod
     def _from_parts(cls, tensors: dict[str, Tensor], head: dict[str, Any]) -> "ErasureAdapter":
         if head["kind"] != "rows":
-            raise MismatchError(f"this file holds {head['kind']!r}, this version reads 'rows': install a newer diffusers-erase")
+            raise MismatchError(
+                f"this file holds {head['kind']!r}, this version reads 'rows': install a newer diffusers-erase"
+            )
         if set(tensors) != set(TENSORS):
             odd = sorted(set(tensors) ^ set(TENSORS))[0]
-            raise MismatchError(f"the file's tensors are not those of an erasure ({odd!r} is missing or foreign): expected {', '.join(TENSORS)}")
+            raise MismatchError(
+                f"the file's tensors are not those of an erasure ({odd!r} is missing or foreign): expected {', '.join(TENSORS)}"
+            )
         k, d = head["rows"], head["width"]
         for name, tensor in tensors.items():
             expected = (k,) if name == "strengths" else (k, d)
             if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-                raise MismatchError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the head promises {expected} float32: the file is damaged")
+                raise MismatchError(
+                    f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the head promises {expected} float32: the file is damaged"
+                )
         encoder = Fingerprint(**(head["encoder"] | {"states": tuple(head["encoder"]["states"])}))
         pack, pack_digest = head["pack"]
         labels = tuple(Label.from_json(entry) for entry in head["labels"])

@@ -8,8 +8,10 @@ State lives on the modules, not on the pipeline: pipelines that share a UNet sha
 Every change is computed whole before anything is touched.
 """
 
+import functools
 import hashlib
 import re
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -23,11 +25,19 @@ from . import edits
 from .adapter import ErasureAdapter, compose
 from .edits import Edit, Gate
 from .errors import EraseError, MismatchError
-from .sites import check_fusable, feeds_controlnet, fused_pairs, sites, text_readers, text_width, unwrapped, with_text
+from .sites import (
+    ATTRIBUTE,
+    check_fusable,
+    feeds_controlnet,
+    fused_pairs,
+    sites,
+    text_readers,
+    text_width,
+    unwrapped,
+    with_text,
+)
+from .solve import edited_weight
 from .text import Encoder
-
-ATTRIBUTE = "_diffusers_erase"
-"""Where a module keeps its attachment."""
 
 EFFECT_TOLERANCE = 0.15
 """How far the effect measured at load may lie from the one recorded when the concept was erased."""
@@ -84,13 +94,25 @@ class Registry:
     entries: dict[str, Entry] = field(default_factory=dict)
     enabled: bool = True
     fused: bool = False
-    readers: set[str] = field(default_factory=set)
+    edit: Edit | None = None
+    """What acts now; `map` is its map form, absent while fused."""
     map: EmbeddingMap | None = None
+    modules: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    """Every module it is attached to, through whichever pipeline: all of them follow each change."""
+    names: set[str] = field(default_factory=set)
+    """As what they are attached. Plain strings, which a compiled hook may read."""
 
     @property
     def in_force(self) -> tuple[str, ...]:
         """Names of the adapters that act now."""
         return tuple(n for n, e in self.entries.items() if e.active and e.strength > 0) if self.enabled else ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy acts the same but is attached to nothing yet: its own attachments join it (see `Attachment`)."""
+        return {**vars(self), "entries": dict(self.entries), "modules": None, "names": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, modules=weakref.WeakSet())
 
 
 @dataclass
@@ -104,16 +126,28 @@ class Kept:
 class Attachment:
     """The pre-hook on one module. An object rather than a closure, so that a deep copy of the module carries its own."""
 
-    def __init__(self, registry: Registry, module: nn.Module):
-        self.registry = registry
+    def __init__(self, registry: Registry, module: nn.Module, name: str):
+        self.module = module
+        self.name = name
         self.kept: dict[nn.Linear, Kept] = {}
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+        self.join(registry)
+
+    def join(self, registry: Registry) -> None:
+        """Follow `registry` from now on."""
+        self.registry = registry
+        registry.modules.add(self.module)
+        registry.names.add(self.name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.join(self.registry)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         registry = self.registry
-        if registry.map is None and not (registry.fused and registry.in_force):
+        if registry.edit is None:
             return None
-        if feeds_controlnet(kwargs) and not any(name.startswith("controlnet") for name in registry.readers):
+        if feeds_controlnet(kwargs) and not any(name.startswith("controlnet") for name in registry.names):
             raise EraseError(
                 "a ControlNet feeds this UNet and reads the prompt without the erasure: call enable_erasure on the pipeline "
                 "that has the ControlNet, so that it is attached there too"
@@ -127,6 +161,7 @@ class SaveGuard:
     def __init__(self, attachment: Attachment, module: nn.Module):
         self.attachment = attachment
         self.module = module
+        functools.update_wrapper(self, type(module).save_pretrained)  # a pipeline asks which arguments it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.attachment.registry.map is not None:
@@ -158,9 +193,13 @@ class ErasureStatus:
     def __str__(self) -> str:
         if not self.requested:
             return "no erasures loaded"
-        lines = [f"erasures in force ({self.mode}) on {', '.join(self.components)}: {', '.join(self.in_force) or 'none'}"]
+        lines = [
+            f"erasures in force ({self.mode}) on {', '.join(self.components)}: {', '.join(self.in_force) or 'none'}"
+        ]
         for name, entry in self.requested.items():
-            left = ", ".join(f"{c} (left {self.residuals[c]:.3f})" if c in self.residuals else c for c in entry["concepts"])
+            left = ", ".join(
+                f"{c} (left {self.residuals[c]:.3f})" if c in self.residuals else c for c in entry["concepts"]
+            )
             state = "in force" if name in self.in_force else "off"
             lines.append(f"  {name}: {left}; strength {entry['strength']:g}; {state}; {entry['digest'][:12]}")
         lines += [f"  preserved by one, erased by another (erased): {name}" for name in self.overruled]
@@ -227,7 +266,9 @@ def delete_erasures(pipe: Any, adapter_names: str | Iterable[str]) -> None:
     _commit(readers, registry, left, registry.enabled or not left, registry.fused and bool(left))
 
 
-def set_erasures(pipe: Any, adapter_names: str | Iterable[str], strengths: float | Sequence[float] | None = None) -> None:
+def set_erasures(
+    pipe: Any, adapter_names: str | Iterable[str], strengths: float | Sequence[float] | None = None
+) -> None:
     """Make exactly these erasures active, each with its strength (None: as it was loaded)."""
     readers, registry = _loaded(pipe)
     names = _known(registry, adapter_names)
@@ -237,7 +278,9 @@ def set_erasures(pipe: Any, adapter_names: str | Iterable[str], strengths: float
     _check_strengths([s for s in given if s is not None])
     chosen = dict(zip(names, given, strict=True))
     entries = {
-        name: replace(entry, active=name in chosen, strength=entry.strength if chosen.get(name) is None else float(chosen[name]))  # type: ignore[arg-type]
+        name: replace(
+            entry, active=name in chosen, strength=entry.strength if chosen.get(name) is None else float(chosen[name])
+        )  # type: ignore[arg-type]
         for name, entry in registry.entries.items()
     }
     _commit(readers, registry, entries, registry.enabled, registry.fused)
@@ -299,13 +342,19 @@ def erasure_status(pipe: Any) -> ErasureStatus:
     """What was requested of `pipe` and what is in force, without changing anything."""
     readers = text_readers(pipe)
     registry = _registry(readers) or Registry()
-    edit = _edit(registry.entries, registry.enabled, "follow", None)
+    edit = registry.edit
     active = [registry.entries[n].adapter.edit for n in registry.in_force]
     attached = tuple(n for n, r in readers.items() if _attachment(r) is not None)
     return ErasureStatus(
         requested={
-            n: {"concepts": e.adapter.concepts, "digest": e.adapter.digest, "strength": e.strength, "active": e.active, "verified": e.verified}
-            for n, e in registry.entries.items()
+            name: {
+                "concepts": entry.adapter.concepts,
+                "digest": entry.adapter.digest,
+                "strength": entry.strength,
+                "active": entry.active,
+                "verified": entry.verified,
+            }
+            for name, entry in registry.entries.items()
         },
         in_force=registry.in_force,
         mode="none" if edit is None else "fused" if registry.fused else "map",
@@ -326,14 +375,18 @@ class _Restored:
         return None
 
     def __exit__(self, *error: object) -> None:
-        if self.enabled:
+        if self.enabled and get_list_erasures(self.pipe):
             enable_erasure(self.pipe)
 
 
 def effect(encoder: Encoder, edit: Edit, concept: str) -> float:
     """Share of the way to its target that the bare name of `concept` goes under `edit`, averaged over its token roles."""
     mapping = EmbeddingMap(edit)
-    rows = [i for i, label in enumerate(edit.labels) if label.targets is not None and label.concept == label.name == concept]
+    rows = [
+        i
+        for i, label in enumerate(edit.labels)
+        if label.targets is not None and label.concept == label.name == concept
+    ]
     states = encoder.rows(concept, tuple(edit.labels[i].role for i in rows), ("{}",))
     shares = []
     for i in rows:
@@ -357,16 +410,18 @@ def _commit(
     """
     edit = _edit(entries, enabled, chains, residual_max)
     mapping = EmbeddingMap(edit) if edit is not None and not fused else None
-    plans = [_weight_plan(r, _attachment(r), edit if fused else None) for r in readers.values()]
-    for reader, plan in zip(readers.values(), plans, strict=True):
-        attachment = _attachment(reader) or _attach(registry, reader)
+    modules = {unwrapped(reader): name for name, reader in readers.items()}
+    modules |= {m: _attachment(m).name for m in registry.modules if m not in modules}  # type: ignore[union-attr]
+    plans = {m: _weight_plan(m, _attachment(m), edit if fused else None) for m in modules}
+    for module, plan in plans.items():
+        attachment = _attachment(module) or _attach(registry, module, modules[module])
+        attachment.join(registry)
         attachment.kept = _write(plan, keep=fused and edit is not None)
-    registry.entries, registry.enabled, registry.fused, registry.map = dict(entries), enabled, fused, mapping
-    registry.readers |= set(readers)
+    registry.entries, registry.enabled, registry.fused = dict(entries), enabled, fused
+    registry.edit, registry.map, registry.names = edit, mapping, set(modules.values())
     if not entries:
-        registry.readers.clear()
-        for reader in readers.values():
-            _detach(reader)
+        for module in modules:
+            _detach(module)
 
 
 def _edit(entries: dict[str, Entry], enabled: bool, chains: str, residual_max: float | None) -> Edit | None:
@@ -378,37 +433,61 @@ def _edit(entries: dict[str, Entry], enabled: bool, chains: str, residual_max: f
     return edits.compose(*(e.adapter.edit.softened(e.strength) for e in acting), chains=chains, residual_max=None)
 
 
-def _weight_plan(reader: nn.Module, attachment: Attachment | None, edit: Edit | None) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
+def _weight_plan(
+    module: nn.Module, attachment: Attachment | None, edit: Edit | None
+) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
     """(original, new) bits of every weight to write; `edit` None restores. Empty where no weight is or becomes fused."""
     kept = attachment.kept if attachment else {}
     if edit is None and not kept:
         return {}
-    for linear, record in kept.items():
-        if _fingerprint(linear.weight) != record.written:
-            raise EraseError(
-                "a fused weight was changed since fuse_erasure (by fuse_lora, or by hand), so its original bits cannot be given "
-                "back: undo that change first (unfuse_lora), or reload the model"
-            )
+    base = {linear: _original(linear.weight, record, attachment.registry.edit) for linear, record in kept.items()}  # type: ignore[union-attr]
     if edit is not None:
-        check_fusable(reader)
-    base = {linear: record.base for linear, record in kept.items()}
-    for pair, key, value in fused_pairs(reader):
-        if pair not in base and key in base:  # the host copied our fused weights into one: its original is the originals'
+        check_fusable(module)
+    for pair, key, value in fused_pairs(module):
+        if (
+            pair not in base and key in base
+        ):  # the host copied our fused weights into one: its original is the originals'
             base[pair] = torch.cat([base[key], base[value]])
-    base |= {linear: linear.weight.detach().clone() for linear in sites(reader).values() if edit is not None and linear not in base}
     if edit is None:
         return {linear: (bits, bits) for linear, bits in base.items()}
+    base |= {linear: linear.weight.detach().clone() for linear in sites(module).values() if linear not in base}
+    return {linear: (bits, _edited(bits, edit)) for linear, bits in base.items()}
+
+
+def _original(weight: Tensor, record: Kept, edit: Edit | None) -> Tensor:
+    """The original bits of a fused `weight`, in the dtype that it has now.
+
+    Raises:
+        EraseError: it no longer holds what was written: neither that in another dtype, nor that with a LoRA merged and subtracted again.
+    """
+    base = record.base.to(weight.dtype)
+    if weight.is_meta:
+        raise EraseError(
+            "a fused weight is offloaded to the meta device, where it cannot be given back: remove the offloading hooks first"
+        )
+    if _fingerprint(weight) == record.written:
+        return base
+    if edit is not None and weight.shape == base.shape:
+        now, written = weight.detach().cpu(), _edited(record.base, edit).cpu()
+        if torch.equal(now.float(), written.to(now.dtype).float()):
+            return base
+        rounding = 4 * torch.finfo(now.dtype).eps * written.abs().max()
+        if record.base.dtype == now.dtype and bool(((now.double() - written.double()).abs() <= rounding).all()):
+            return base
+    raise EraseError(
+        "a fused weight was changed since fuse_erasure (by fuse_lora, or by hand), so its original bits cannot be given "
+        "back: undo that change first (unfuse_lora), or reload the model"
+    )
+
+
+def _edited(bits: Tensor, edit: Edit) -> Tensor:
     moving = edit.moving
-    A, D = edit.detectors()[moving], edit.offsets.double()[moving]
-    return {linear: (bits, _edited(bits, D, A)) for linear, bits in base.items()}
-
-
-def _edited(bits: Tensor, offsets: Tensor, detectors: Tensor) -> Tensor:
-    from .solve import edited_weight
-
-    new = edited_weight(bits, offsets.to(bits.device), detectors.to(bits.device)).to(bits.dtype)
+    A, D = edit.detectors()[moving].to(bits.device), edit.offsets.double()[moving].to(bits.device)
+    new = edited_weight(bits, D, A).to(bits.dtype)
     if not bool(new.isfinite().all()):
-        raise EraseError(f"the edited weights overflow {bits.dtype}: keep the erasure as a map, or fuse in a wider dtype")
+        raise EraseError(
+            f"the edited weights overflow {bits.dtype}: keep the erasure as a map, or fuse in a wider dtype"
+        )
     return new
 
 
@@ -428,19 +507,18 @@ def _attachment(reader: nn.Module) -> Attachment | None:
     return unwrapped(reader).__dict__.get(ATTRIBUTE)
 
 
-def _attach(registry: Registry, reader: nn.Module) -> Attachment:
-    attachment = Attachment(registry, reader)
-    module = unwrapped(reader)
+def _attach(registry: Registry, module: nn.Module, name: str) -> Attachment:
+    attachment = Attachment(registry, module, name)
     module.__dict__[ATTRIBUTE] = attachment
     module.__dict__["save_pretrained"] = SaveGuard(attachment, module)
     return attachment
 
 
-def _detach(reader: nn.Module) -> None:
-    module = unwrapped(reader)
-    if attachment := module.__dict__.pop(ATTRIBUTE, None):
-        attachment.handle.remove()
-        module.__dict__.pop("save_pretrained")
+def _detach(module: nn.Module) -> None:
+    attachment = module.__dict__.pop(ATTRIBUTE)
+    attachment.handle.remove()
+    attachment.registry.modules.discard(module)
+    module.__dict__.pop("save_pretrained")
 
 
 def _registry(readers: dict[str, nn.Module]) -> Registry | None:
@@ -465,14 +543,18 @@ def _loaded(pipe: Any) -> tuple[dict[str, nn.Module], Registry]:
 def _known(registry: Registry, names: str | Iterable[str]) -> tuple[str, ...]:
     wanted = (names,) if isinstance(names, str) else tuple(names)
     if missing := [n for n in wanted if n not in registry.entries]:
-        raise EraseError(f"no erasure named {missing[0]!r} is loaded: expected one of {', '.join(registry.entries) or 'none'}")
+        raise EraseError(
+            f"no erasure named {missing[0]!r} is loaded: expected one of {', '.join(registry.entries) or 'none'}"
+        )
     return wanted
 
 
 def _check_strengths(strengths: Iterable[float]) -> None:
     for s in strengths:
         if not 0 <= s <= 1:
-            raise EraseError(f"a strength lies between 0 and 1: got {s}; to erase more, erase again with a smaller residual")
+            raise EraseError(
+                f"a strength lies between 0 and 1: got {s}; to erase more, erase again with a smaller residual"
+            )
 
 
 def _names(adapters: list[ErasureAdapter], given: str | Sequence[str] | None, taken: dict[str, Entry]) -> list[str]:
@@ -486,7 +568,9 @@ def _names(adapters: list[ErasureAdapter], given: str | Sequence[str] | None, ta
         raise EraseError(f"{len(adapters)} erasures need as many different names: got {names}")
     for name in names:
         if name in taken:
-            raise EraseError(f"an erasure named {name!r} is loaded already: choose another adapter_name, or delete_erasures({name!r})")
+            raise EraseError(
+                f"an erasure named {name!r} is loaded already: choose another adapter_name, or delete_erasures({name!r})"
+            )
     return names
 
 

@@ -31,7 +31,9 @@ class ErasureLoaderMixin:
         """See `diffusers_erase.delete_erasures`."""
         attach.delete_erasures(self, adapter_names)
 
-    def set_erasures(self, adapter_names: str | Sequence[str], strengths: float | Sequence[float] | None = None) -> None:
+    def set_erasures(
+        self, adapter_names: str | Sequence[str], strengths: float | Sequence[float] | None = None
+    ) -> None:
         """See `diffusers_erase.set_erasures`."""
         attach.set_erasures(self, adapter_names, strengths)
 
@@ -89,7 +91,9 @@ def enable(pipe: Any = None) -> None:
     from diffusers import DiffusionPipeline
 
     if taken := [n for n in VERBS if n in vars(DiffusionPipeline) and vars(DiffusionPipeline)[n] is not VERBS[n]]:
-        raise EraseError(f"DiffusionPipeline has its own {taken[0]!r} in this diffusers: use the functions of diffusers_erase instead")
+        raise EraseError(
+            f"DiffusionPipeline has its own {taken[0]!r} in this diffusers: use the functions of diffusers_erase instead"
+        )
     for name, verb in VERBS.items():
         setattr(DiffusionPipeline, name, verb)
 

@@ -16,6 +16,9 @@ from .errors import EraseError
 TEXT_ARGUMENT = "encoder_hidden_states"
 """Keyword under which text readers receive embeddings `[batch, tokens, d]`."""
 
+ATTRIBUTE = "_diffusers_erase"
+"""Where a text reader keeps what is attached to it (see attach.py)."""
+
 TEXT_POSITION = 2
 """Its position where it is not given by keyword: `forward(sample, timestep, encoder_hidden_states, ...)`."""
 
@@ -61,22 +64,22 @@ def sites(reader: nn.Module) -> dict[str, nn.Linear]:
     Includes the `to_kv` copy that `fuse_qkv_projections` reads instead of `to_k` and `to_v`.
     """
     found = {}
-    for path, module in unwrapped(reader).named_modules():
-        if path.rsplit(".", 1)[-1] != "attn2" or not hasattr(module, "to_k"):
-            continue
+    for path, module in _text_attentions(reader):
         for part in ("to_k", "to_v", "to_kv"):
             linear = getattr(module, part, None)
             if linear is not None and not (part == "to_kv" and not module.fused_projections):
-                found[f"{path}.{part}"] = getattr(linear, "base_layer", linear)
+                found[f"{path}.{part}"] = _base_layer(linear)
     if not found:
-        raise EraseError(f"{type(unwrapped(reader)).__name__} has no cross-attention that reads text: nothing to erase in")
+        raise EraseError(
+            f"{type(unwrapped(reader)).__name__} has no cross-attention that reads text: nothing to erase in"
+        )
     return found
 
 
 def fused_pairs(reader: nn.Module) -> list[tuple[nn.Linear, nn.Linear, nn.Linear]]:
-    """(to_kv, to_k, to_v) of every cross-attention whose projections the host has fused into a copy."""
-    attentions = [m for n, m in unwrapped(reader).named_modules() if n.endswith("attn2") and hasattr(m, "to_k")]
-    return [(m.to_kv, m.to_k, m.to_v) for m in attentions if m.fused_projections]
+    """(to_kv, to_k, to_v) of every cross-attention whose projections the host has fused into a copy, without PEFT's wrappers."""
+    fused = [m for _, m in _text_attentions(reader) if m.fused_projections]
+    return [(_base_layer(m.to_kv), _base_layer(m.to_k), _base_layer(m.to_v)) for m in fused]
 
 
 def with_text(args: tuple, kwargs: Mapping[str, Any], mapping: Any) -> tuple[tuple, dict[str, Any]]:
@@ -100,17 +103,35 @@ def feeds_controlnet(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("mid_block_additional_residual") is not None
 
 
+def _text_attentions(reader: nn.Module) -> list[tuple[str, Any]]:
+    """Path and module of every attention whose keys and values read text, not the picture itself."""
+    modules = unwrapped(reader).named_modules()
+    return [(path, m) for path, m in modules if hasattr(m, "to_k") and getattr(m, "is_cross_attention", False)]
+
+
+def _base_layer(linear: Any) -> nn.Linear:
+    return getattr(linear, "base_layer", linear)
+
+
 def _check_text_paths(name: str, reader: nn.Module) -> None:
     config = getattr(unwrapped(reader), "config", None)
     if config is None or getattr(config, "cross_attention_dim", None) is None:
-        raise EraseError(f"{name} is a {type(unwrapped(reader)).__name__}, which does not read prompt embeddings by cross-attention")
+        raise EraseError(
+            f"{name} is a {type(unwrapped(reader)).__name__}, which does not read prompt embeddings by cross-attention"
+        )
     widths = config.cross_attention_dim
     if not isinstance(widths, int) and len(set(widths)) > 1:
-        raise EraseError(f"{name} reads text of several widths {tuple(widths)}: expected one; this model is not supported")
+        raise EraseError(
+            f"{name} reads text of several widths {tuple(widths)}: expected one; this model is not supported"
+        )
     if getattr(config, "addition_embed_type", None) is not None:
         raise EraseError(
             f"{name} also takes pooled text ({config.addition_embed_type}, as SDXL does), by which a concept would survive: "
             f"pooled paths are not supported yet"
+        )
+    if str(getattr(config, "attention_type", "default")).startswith("gated"):
+        raise EraseError(
+            f"{name} also reads phrases through gated attention (GLIGEN), by which a concept would survive: not supported yet"
         )
     if getattr(config, "encoder_hid_dim_type", None) not in (None, "ip_image_proj"):
         raise EraseError(f"{name} projects text ({config.encoder_hid_dim_type}) before it reads it: not supported yet")
@@ -122,10 +143,11 @@ def check_fusable(reader: nn.Module) -> None:
     Quantised, packed, meta and fp8 weights lose or refuse small edits; a LoRA that PEFT has merged would be subtracted later
     from weights that it was not added to.
     """
-    for path, module in unwrapped(reader).named_modules():
-        if ".attn2." in path and getattr(module, "merged", False):
-            raise EraseError(f"a LoRA is fused into {path}: call unfuse_lora() before fuse_erasure(), or keep the erasure as a map")
     for path, linear in sites(reader).items():
+        if getattr(unwrapped(reader).get_submodule(path), "merged", False):
+            raise EraseError(
+                f"a LoRA is fused into {path}: call unfuse_lora() before fuse_erasure(), or keep the erasure as a map"
+            )
         weight = linear.weight
         plain = type(weight) is nn.Parameter and weight.ndim == 2 and not weight.is_meta
         if not plain or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
