@@ -4,6 +4,7 @@ An adapter folder holds `erasure.safetensors` (tensors, and one metadata key `er
 *head*) and `erasure_config.json` (the same head, for people and search). The safetensors file alone suffices to load.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,6 +47,7 @@ def write_adapter(directory: str | Path, tensors: Mapping[str, Tensor], head: di
         raise EraseError(f"{folder} is a file: expected a folder to save the adapter in")
     folder.mkdir(parents=True, exist_ok=True)
     head = {"format": FORMAT} | head
+    head["checksum"] = digest(head)
     write_tensors(folder / WEIGHTS, tensors, {"erasure": canonical(head)})
     write_text(folder / CONFIG, json.dumps(head, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return folder
@@ -77,15 +79,25 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise MismatchError(f"{path} is not a whole safetensors file ({error}): fetch or save the adapter again") from error
+        raise MismatchError(
+            f"{path} is not a whole safetensors file ({error}): fetch or save the adapter again"
+        ) from error
     head = _json(metadata.get("erasure", "null"), path)
     if not isinstance(head, dict):
-        raise MismatchError(f"{path} has no erasure in its metadata: expected a file written by save_pretrained of an ErasureAdapter")
+        raise MismatchError(
+            f"{path} has no erasure in its metadata: expected a file written by save_pretrained of an ErasureAdapter"
+        )
     if head.get("format") != FORMAT:
         raise MismatchError(
             f"{path} has format {head.get('format')!r}, this version reads {FORMAT}: install the diffusers-erase that wrote it"
         )
-    _check_config(path.parent / CONFIG, head)
+    if head.get("checksum") != digest({key: value for key, value in head.items() if key != "checksum"}):
+        raise MismatchError(f"the head of {path} was changed after it was saved: fetch or save the adapter again")
+    config = path.parent / CONFIG
+    if path.name == WEIGHTS and config.is_file() and _json(config.read_bytes(), config) != head:
+        raise MismatchError(
+            f"{config} describes another adapter than the {path.name} beside it: fetch or save the folder again"
+        )
     return tensors, head
 
 
@@ -95,7 +107,7 @@ def read_pack(source: str | Path) -> dict[str, Any]:
     path = path / PACK if path.is_dir() else path
     if not path.is_file():
         raise EraseError(f"no base pack at {path}: expected a JSON file with name and prompts")
-    data = _json(path.read_text(encoding="utf-8"), path)
+    data = _json(path.read_bytes(), path)
     if not isinstance(data, dict) or not data.get("name") or not isinstance(data.get("prompts"), list):
         raise EraseError(f"{path} is not a base pack: expected JSON with a name and a list of prompts")
     return data
@@ -103,8 +115,15 @@ def read_pack(source: str | Path) -> dict[str, Any]:
 
 def own_pack(pipe: Any) -> Path | None:
     """The pack recipe that a model folder brings with it, if `pipe` was loaded from one."""
-    folder = Path(str(getattr(getattr(pipe, "config", {}), "_name_or_path", "") or "nowhere"))
-    return folder / PACK if (folder / PACK).is_file() else None
+    source = _source(pipe)
+    file = Path(source) / PACK
+    return file if source and file.is_file() else None
+
+
+def model_name(pipe: Any) -> str:
+    """What `pipe` was loaded from: a repository's id, or the name of a folder without its place on this machine."""
+    source = _source(pipe)
+    return Path(source).name if Path(source).exists() else source
 
 
 def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -118,12 +137,21 @@ def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
         except SafetensorError:
             path.unlink()  # a broken cache file is made again, never trusted
     tensors = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, tensors, {})
+    with contextlib.suppress(OSError):  # homes are read-only in many containers: then it is made every time
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors, {})
     return tensors
 
 
+def _source(pipe: Any) -> str:
+    return str(getattr(getattr(pipe, "config", None), "_name_or_path", "") or "")
+
+
 def _locate(source: str | Path) -> Path:
+    if not isinstance(source, (str, Path)):
+        raise EraseError(
+            f"an erasure is loaded from a folder, a file or an ErasureAdapter: got {type(source).__name__}"
+        )
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS
@@ -132,16 +160,14 @@ def _locate(source: str | Path) -> Path:
     return path
 
 
-def _check_config(path: Path, head: dict[str, Any]) -> None:
-    if path.is_file() and _json(path.read_text(encoding="utf-8"), path).get("digest") != head.get("digest"):
-        raise MismatchError(f"{path} describes another adapter than the {WEIGHTS} beside it: fetch or save the folder again")
-
-
-def _json(text: str, path: Path) -> Any:
+def _json(text: str | bytes, path: Path) -> Any:
+    """Parsed JSON of text that says nothing beyond JSON: no NaN, and no half of a character, which no digest could cover."""
     try:
-        return json.loads(text)
+        data = json.loads(text)
+        canonical(data).encode()
     except (ValueError, RecursionError) as error:
         raise MismatchError(f"{path} does not hold readable JSON ({error}): fetch or save it again") from error
+    return data
 
 
 def _write(path: Path, write: Callable[[str], Any]) -> None:
