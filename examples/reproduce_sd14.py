@@ -16,7 +16,6 @@ from PIL import Image
 
 from diffusers_erase import erase, erasure_status, load_erasure, unload_erasure, world
 
-
 PROMPTS = {
     "object": ("a photo of a {}", "a picture of a {}"),
     "person": ("a portrait of {}", "{} in an official photo"),

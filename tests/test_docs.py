@@ -7,7 +7,6 @@ import pytest
 
 from diffusers_erase import METHODS, get_active_erasures
 
-
 DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 
 

@@ -15,13 +15,13 @@ import time
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 
 from diffusers_erase import ErasureAdapter, load_erasure, unload_erasure
 from diffusers_erase.adapter import Recipe
 from diffusers_erase.attach import EmbeddingMap
 from diffusers_erase.edits import Edit, Gate, Label
 from diffusers_erase.text import Fingerprint
-
 
 WIDTH = 768
 FORMS = ("bare", "map", "LoRA", "fused")
@@ -94,10 +94,12 @@ def main():
     parser.add_argument("--latents", type=int, default=32, help="side of the latents; 64 is 512 x 512 pixels")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
     pipe, adapter = pipeline(), random_adapter(1)
     side = arguments.latents
     inputs = (torch.randn(2, 4, side, side), torch.tensor(500), torch.randn(2, 77, WIDTH))
-    step_seconds(pipe, "bare", adapter, inputs)
+    for form in ("bare", "LoRA"):  # warms up
+        step_seconds(pipe, form, adapter, inputs)
     times = {form: [] for form in FORMS}
     for turn in range(arguments.rounds):
         for form in FORMS[turn % 4 :] + FORMS[: turn % 4]:

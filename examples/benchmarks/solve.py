@@ -26,7 +26,6 @@ from diffusers_erase.edits import Edit, Label, Pack, compose
 from diffusers_erase.solve import edited_weight
 from diffusers_erase.text import Fingerprint, PackRecipe, base_pack
 
-
 WIDTH = 768
 BLOCKS = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] + [1280] * 3 + [640] * 3 + [320] * 3
 """Output widths of SD 1.x's 16 cross-attentions: down, mid, up. Each has a key and a value layer."""
@@ -157,6 +156,21 @@ def bytes_per_concept(generator):
         return len(labels), adapter.size, (Path(folder) / "erasure.safetensors").stat().st_size
 
 
+def measure(count, weights, generator):
+    """Cells of one row of the table, and the relative errors."""
+    keys, targets = text_states(count, generator), text_states(count, generator)
+    edit = uce_edit(keys, targets)
+    parts = [edit.take([i]) for i in range(count)]
+    loop = published_seconds(weights, keys, targets)
+    batch = seconds(lambda: vectorised(weights, keys, targets), 2)
+    solve = seconds(edit.detectors, 50 if count <= 100 else 5)
+    both = seconds(lambda: fused(weights, edit, edit.detectors()), 3)
+    union = seconds(lambda: compose(*parts, residual_max=1.0), 3)
+    cells = [say(loop) + ("" if count <= FULL else " ¹"), say(batch), say(solve), say(both), say(union)]
+    cells += [f"{loop[0] / solve[0]:,.0f}×", f"{loop[0] / both[0]:,.1f}×", f"{batch[0] / solve[0]:,.0f}×"]
+    return cells, error_rows(weights, keys, targets, edit)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 10, 100, 1000])
@@ -168,36 +182,22 @@ def main():
     print(
         f"torch {torch.__version__}, {arguments.threads} thread(s), 32 layers, d = {WIDTH}; medians (fastest–slowest)\n"
     )
-    print(
-        "| concepts | published | vectorised | ours: solve | solve + fuse | compose | published / solve | published / (solve + fuse) | vectorised / solve |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = "published|vectorised|ours: solve|solve + fuse|compose|published / solve|published / (solve + fuse)|vectorised / solve"
+    print(f"| concepts | {columns.replace('|', ' | ')} |\n|{'---|' * 9}")
     errors = []
     for count in arguments.concepts:
-        keys, targets = text_states(count, generator), text_states(count, generator)
-        edit = uce_edit(keys, targets)
-        parts = [uce_edit(keys[i : i + 1], targets[i : i + 1]) for i in range(count)]
-        parts = [
-            Edit(edit.labels[i : i + 1], p.keys, p.offsets, p.strengths, p.pulled, p.pack, p.pack_digest)
-            for i, p in enumerate(parts)
-        ]
-        loop = published_seconds(weights, keys, targets)
-        batch = seconds(lambda: vectorised(weights, keys, targets), 2)
-        solve = seconds(edit.detectors, 50 if count <= 100 else 5)
-        both = seconds(lambda: fused(weights, edit, edit.detectors()), 3)
-        union = seconds(lambda: compose(*parts, residual_max=1.0), 3)
-        cells = [say(loop) + ("" if count <= FULL else " ¹"), say(batch), say(solve), say(both), say(union)]
-        cells += [f"{loop[0] / solve[0]:,.0f}×", f"{loop[0] / both[0]:,.1f}×", f"{batch[0] / solve[0]:,.0f}×"]
+        cells, found = measure(count, weights, generator)
         print(f"| {count} | {' | '.join(cells)} |", flush=True)
-        errors.append((count, error_rows(weights, keys, targets, edit)))
-    print(f"\n¹ measured on one layer of each width, scaled to {len(LAYERS)} layers.\n")
-    print("Relative error of ΔW against float64 (largest of one layer of each width):\n")
+        errors.append((count, found))
+    if max(arguments.concepts) > FULL:
+        print(f"\n¹ measured on one layer of each width, scaled to {len(LAYERS)} layers.")
+    print("\nRelative error of ΔW against float64 (largest of one layer of each width):\n")
     print("| concepts | published | vectorised | ours |\n|---|---|---|---|")
     for count, found in errors:
         print(f"| {count} | {' | '.join(f'{e:.1e}' for e in found)} |")
     summed, pull = cold_pack(generator)
     print(
-        f"\nCold pack, once on an encoder: second moment of 300 prompts' states {summed * 1e3:.0f} ms (their encoding not counted);"
+        f"\nCold pack, once on an encoder: second moment of 300 prompts' states {summed * 1e3:.0f} ms (without encoding them);"
     )
     print(f"each pull of two new keys through it, Cholesky of H included: {say(pull)}.")
     rows, stored, file = bytes_per_concept(generator)
