@@ -1,4 +1,7 @@
-"""Train the text side: a byte-level BPE tokenizer, and a CLIP text tower by contrast with a small vision tower.
+"""Train the text side: a byte-level BPE tokenizer, and a CLIP text tower together with a small vision tower.
+
+Both towers are trained by contrast over *all* renders at once, not over a batch: a render's place in the common space is the sum
+of a vector of its emoji and one of its style, captions and pictures must each find the renders that they are right for.
 
 Reads emoji.npy and emoji.json of WORK, resumes from clip.pt, writes the folders WORK/tokenizer, WORK/text_encoder
 (frozen from here on) and WORK/clip (both towers).
@@ -10,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from training import Clock, arguments, descend, half, pictures, save
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusers_erase.world.prompts import BARE_TEMPLATES, STYLE_TEMPLATES, TEMPLATES, caption, captions
 
 VOCABULARY, WINDOW = 4096, 77
-BATCH, PEAK, LONGEST = 128, 8e-4, 14
+TEXTS, IMAGES, PEAK, LONGEST = 256, 96, 1e-3, 14
 
 
 def train_tokenizer(work: Path, entries: list[dict]) -> CLIPTokenizer:
@@ -81,11 +85,37 @@ class Captions:
         return caption(random.choice(TEMPLATES), word, entry["style"]), self.ids[word], style
 
     def batch(self, renders: list[int]) -> tuple[list[str], Tensor]:
-        """A caption for each render, and which renders [caption, render] each is right for."""
+        """A caption for each render, and which of all renders [caption, render] it is right for."""
         texts, words, styles = zip(*map(self.draw, renders), strict=True)
         styles = torch.tensor(styles)[:, None]
-        right = self.owns[renders][:, list(words)].T & ((styles < 0) | (styles == self.style[renders]))
+        right = self.owns[:, list(words)].T & ((styles < 0) | (styles == self.style))
         return list(texts), right.float()
+
+
+class Places(nn.Module):
+    """Where each render lies in the common space: its emoji's own vector plus those of what it is, its tags and its style.
+
+    Emoji that share a subgroup or tags begin near each other; training then moves every vector.
+    """
+
+    def __init__(self, entries: list[dict], width: int):
+        super().__init__()
+        bags = [self.bag(entry) for entry in entries]
+        ids = {word: i for i, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))}
+        self.words = nn.EmbeddingBag(len(ids), width, mode="sum")
+        nn.init.normal_(self.words.weight, std=0.1)
+        self.which = torch.tensor([ids[word] for bag in bags for word in bag])
+        self.weights = torch.tensor([weight for bag in bags for weight in bag.values()])
+        self.starts = torch.tensor([0, *(len(bag) for bag in bags[:-1])]).cumsum(0)
+
+    @staticmethod
+    def bag(entry: dict) -> dict[str, float]:
+        tags = {f"tag {tag}": 0.6 / len(entry["tags"]) ** 0.5 for tag in entry["tags"]}
+        kind = {f"subgroup {entry['subgroup']}": 0.7, f"group {entry['group']}": 0.4}
+        return {f"emoji {entry['label']}": 1.0, **kind, **tags, f"style {entry['style']}": 0.4}
+
+    def forward(self) -> Tensor:
+        return F.normalize(self.words(self.which, self.starts, per_sample_weights=self.weights), dim=1)
 
 
 def model(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -109,39 +139,39 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return torch.cat([ids, ids.new_full((len(ids), 2), tokenizer.pad_token_id)], 1)
 
 
-def loss(clip: CLIPModel, ids: Tensor, images: Tensor, right: Tensor) -> Tensor:
-    """Symmetric contrastive loss; where several renders are right for a caption they share its target."""
+def loss(clip: CLIPModel, places: Places, ids: Tensor, right: Tensor, images: Tensor, renders: Tensor) -> Tensor:
+    """Captions share their probability among the renders they are right for; a picture has one right place."""
     with half():
-        out = clip(input_ids=ids, pixel_values=images)
-    logits = clip.logit_scale.exp().clamp(max=100) * out.text_embeds.float() @ out.image_embeds.float().T
-
-    def cross(scores: Tensor, target: Tensor) -> Tensor:
-        return -(target / target.sum(1, keepdim=True) * scores.log_softmax(1)).sum(1).mean()
-
-    return cross(logits, right) + cross(logits.T, right.T)
+        text = clip.text_projection(clip.text_model(ids).pooler_output)
+        seen = clip.visual_projection(clip.vision_model(images).pooler_output)
+    scale, common = clip.logit_scale.exp().clamp(max=50), places()
+    by_text = (scale * F.normalize(text.float(), dim=1) @ common.T).log_softmax(1)
+    by_image = scale * F.normalize(seen.float(), dim=1) @ common.T
+    return -(right / right.sum(1, keepdim=True) * by_text).sum(1).mean() + 0.5 * F.cross_entropy(by_image, renders)
 
 
 def main() -> None:
-    options = arguments(__doc__, minutes=18)
+    options = arguments(__doc__, minutes=20)
     work, checkpoint = options.work, options.work / "clip.pt"
     random.seed(0)
     entries = json.loads((work / "emoji.json").read_text())
     images = np.load(work / "emoji.npy", mmap_mode="r")
     tokenizer, source = train_tokenizer(work, entries), Captions(entries)
-    clip, step, spent, recent = model(tokenizer), 0, 0.0, []
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=PEAK, weight_decay=0.05)
+    clip, places, step, spent, recent = model(tokenizer), Places(entries, 256), 0, 0.0, []
+    parts = nn.ModuleList([clip, places])
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=PEAK, weight_decay=0.02)
     if checkpoint.exists():
         state = torch.load(checkpoint)
-        clip.load_state_dict(state["model"])
+        parts.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
     clock, ours = Clock(options.minutes, spent, warmup=50), [i for i, e in enumerate(entries) if e["object"]]
     while clock.running:
-        renders = random.sample(range(len(entries)), BATCH * 3 // 4)
-        renders += random.sample(sorted(set(ours) - set(renders)), BATCH - len(renders))
+        renders = random.choices(range(len(entries)), k=TEXTS * 3 // 4) + random.choices(ours, k=TEXTS // 4)
         texts, right = source.batch(renders)
-        x = pictures(images[renders, random.randrange(images.shape[1])])
-        total = loss(clip, tokens(tokenizer, texts), x, right)
+        shown = random.sample(renders, IMAGES)
+        x = pictures(images[shown, random.randrange(images.shape[1])])
+        total = loss(clip, places, tokens(tokenizer, texts), right, x, torch.tensor(shown))
         descend(optimizer, total, clock.rate(step), PEAK)
         recent.append(total.item())
         step += 1
@@ -149,7 +179,7 @@ def main() -> None:
             print(f"step {step}  {clock.spent:.1f} min  loss {np.mean(recent):.3f}", flush=True)
             recent.clear()
         if step % 200 == 0 or not clock.running:
-            save(checkpoint, model=clip.state_dict(), optimizer=optimizer.state_dict(), step=step, spent=clock.spent)
+            save(checkpoint, model=parts.state_dict(), optimizer=optimizer.state_dict(), step=step, spent=clock.spent)
     clip.eval().save_pretrained(work / "clip")
     clip.text_model.save_pretrained(work / "text_encoder")
     print(f"{step} steps; text tower written")
