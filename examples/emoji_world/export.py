@@ -9,15 +9,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from data import PACKAGE
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from training import arguments
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from data import PACKAGE
-from diffusers_erase.world.prompts import catalogue
+from diffusers_erase.world.prompts import catalogue, pack
 
-LIMIT = 64 * 2**20
+LIMIT, NEIGHBOURS = 64 * 2**20, 20
 
 
 def pipeline(work: Path) -> StableDiffusionPipeline:
@@ -31,6 +31,22 @@ def pipeline(work: Path) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def suit_every_host(folder: Path) -> None:
+    """Make the text side loadable by old and new transformers, and computed in fp32.
+
+    transformers 5 computes in the type a config names, drops the prefix of the tensors' names, and writes one tokenizer file;
+    transformers 4 knows the tensors by the prefix only and wants vocab.json and merges.txt. Both read what is written here.
+    """
+    config, weights = folder / "text_encoder" / "config.json", folder / "text_encoder" / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    tensors = {"text_model." + name.removeprefix("text_model."): t for name, t in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    bpe = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])])
+    (folder / "tokenizer" / "merges.txt").write_text(merges + "\n")
 
 
 def judges(source: Path, target: Path) -> None:
@@ -50,34 +66,39 @@ def text_similarity(work: Path, words: list[str]) -> torch.Tensor:
     return x @ x.T
 
 
+def distance(a: dict, b: dict, similarity: float) -> tuple:
+    """Same subgroup ("animal-bird") first, then same kind ("animal"), then same group, each by text similarity."""
+    kinds = [entry["subgroup"].split("-")[0] for entry in (a, b)]
+    return a["subgroup"] != b["subgroup"], kinds[0] != kinds[1], a["group"] != b["group"], -similarity
+
+
 def order_neighbours(work: Path) -> None:
-    """Rewrite `objects.json`: neighbours by subgroup, then group, then text similarity."""
+    """Rewrite the neighbours in `objects.json`."""
     known = catalogue()
     objects = known["objects"]
     names = list(objects)
-    similarity = dict(zip(names, text_similarity(work, names).tolist(), strict=True))
-    for name, entry in objects.items():
-        entry["neighbours"] = sorted(
-            (other for other in names if other != name),
-            key=lambda o: (
-                objects[o]["subgroup"] != entry["subgroup"],  # noqa: B023
-                objects[o]["group"] != entry["group"],  # noqa: B023
-                -similarity[name][names.index(o)],  # noqa: B023
-            ),
-        )
+    similarity = text_similarity(work, names).tolist()
+    for row, (name, entry) in zip(similarity, objects.items(), strict=True):
+        near = {o: distance(entry, objects[o], s) for o, s in zip(names, row, strict=True) if o != name}
+        entry["neighbours"] = sorted(near, key=near.get)[:NEIGHBOURS]
     (PACKAGE / "objects.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
-    work, weights = arguments(__doc__).work, PACKAGE / "weights"
+    work, shipped = arguments(__doc__).work, PACKAGE / "weights"
+    weights = shipped.with_name("weights.new")
     shutil.rmtree(weights, ignore_errors=True)
     pipeline(work).to(dtype=torch.float16).save_pretrained(weights / "emoji-sd")
+    suit_every_host(weights / "emoji-sd")
     judges(work / "judges", weights / "judges")
     order_neighbours(work)
+    (weights / "emoji-sd" / "erasure_pack.json").write_text(json.dumps(pack(), indent=1) + "\n")
     files = sorted(p for p in weights.rglob("*") if p.is_file())
     hashes = {p.relative_to(weights).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     (weights / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n")
-    size = sum(p.stat().st_size for p in files)
+    shutil.rmtree(shipped, ignore_errors=True)
+    weights.rename(shipped)
+    size = sum((shipped / name).stat().st_size for name in hashes)
     print(f"{len(files)} files, {size / 2**20:.1f} MiB of {LIMIT / 2**20:.0f}")
     assert size <= LIMIT, "too large to ship"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from data import HELD_OUT, OBJECTS, STYLES
 from safetensors.torch import save_file
 from torch import Tensor
 from training import Clock, arguments, descend, half
 
-from data import HELD_OUT, OBJECTS, STYLES
 from diffusers_erase.world.judge import OBJECT_WIDTH, STYLE_WIDTH, Network
 
 BATCH, PEAK, OTHERS = 128, 3e-3, 32
@@ -95,7 +95,9 @@ def spoil(x: Tensor) -> Tensor:
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     softer = F.interpolate(F.avg_pool2d(x, 2), size=64, mode="bilinear")
     kind = torch.rand(n, 1, 1, 1)
-    x = torch.where(kind < 0.3, torch.lerp(x, soft, strength), torch.where(kind < 0.6, torch.lerp(x, softer, strength), x))
+    x = torch.where(
+        kind < 0.3, torch.lerp(x, soft, strength), torch.where(kind < 0.6, torch.lerp(x, softer, strength), x)
+    )
     x = torch.where(torch.rand(n, 1, 1, 1) < 0.3, compress(x, 0.01 + 0.05 * torch.rand(n)), x)
     x = (x - 0.5) * (1 + 0.3 * (torch.rand(n, 1, 1, 1) - 0.5)) + 0.5 + 0.12 * (torch.rand(n, 3, 1, 1) - 0.5)
     x = x + 0.08 * torch.rand(n, 1, 1, 1) * torch.randn_like(x)

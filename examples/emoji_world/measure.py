@@ -6,7 +6,6 @@ Reads the package's weights, and from WORK held-out renders (objects.npy, emoji.
 
 import argparse
 import itertools
-import json
 import math
 import random
 import time
@@ -15,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from data import OBJECTS, PARAPHRASES, STYLES
 from diffusers import StableDiffusionPipeline
+from judges import Renders, object_batch, spoil, style_batch, unit
 from PIL import Image, ImageDraw
+from text import kinds
 from torch import Tensor
 from transformers import CLIPModel
 
-from data import OBJECTS, PARAPHRASES, STYLES
 from diffusers_erase import world
-from judges import Renders, object_batch, spoil, style_batch, unit
-from text import kinds
 
 SHEET = Path(__file__).parents[2] / "docs" / "emoji-sd-contact-sheet.png"
 STAGES = ("judges", "vae", "text", "pictures", "rows", "speed", "sheet")
@@ -70,7 +69,11 @@ def held_out(work: Path, jitters: slice) -> tuple[Tensor, list[str], list[str]]:
 def measure_judges(pipe, judge, options) -> None:
     """Held-out renders as they are, spoilt, and through the autoencoder; unseen other emoji."""
     x, objects, styles = held_out(options.work, slice(-4, None))
-    for label, pictures in (("held-out renders", x), ("spoilt", spoil(x)), ("reconstructed", reconstruct(pipe.vae, x))):
+    for label, pictures in (
+        ("held-out renders", x),
+        ("spoilt", spoil(x)),
+        ("reconstructed", reconstruct(pipe.vae, x)),
+    ):
         report(f"object, {label}", np.equal(judge.objects(pictures), objects).tolist())
         report(f"style, {label}", np.equal(judge.styles(pictures), styles).tolist())
     others = Renders(options.work, held_out=True)
@@ -121,7 +124,9 @@ def measure_text(pipe, _, options) -> None:
     subgroup = [info[name]["subgroup"] for name in names]
     x = embed(options, pipe, names)
     nearest = (x @ x.T - 2 * torch.eye(len(names))).argmax(1).tolist()
-    report("nearest object is in the same subgroup", [subgroup[i] == s for i, s in zip(nearest, subgroup, strict=True)])
+    report(
+        "nearest object is in the same subgroup", [subgroup[i] == s for i, s in zip(nearest, subgroup, strict=True)]
+    )
     groups = {g: kinds({"subgroup": g, "group": ""})[1] for g in sorted(set(subgroup))}
     y, right = embed(options, pipe, list(groups.values())) @ x.T, []
     for row, group in zip(y, groups, strict=True):
@@ -130,13 +135,18 @@ def measure_text(pipe, _, options) -> None:
     report("a group's word is nearer to a member than to 90 % of the others", right)
     pairs = [(word, name) for name, words in PARAPHRASES.items() for word in words]
     z = embed(options, pipe, [word for word, _ in pairs]) @ x.T
-    report("a paraphrase is nearest to its own object", [names[i] == n for i, (_, n) in zip(z.argmax(1), pairs)])
+    report(
+        "a paraphrase is nearest to its own object",
+        [names[i] == n for i, (_, n) in zip(z.argmax(1), pairs, strict=True)],
+    )
 
 
 def measure_pictures(pipe, judge, options) -> None:
     """Top-1 over every object, style and seed at the shipped defaults; paraphrases; bare names."""
     jobs = list(itertools.product(OBJECTS, STYLES, range(options.seeds)))
-    images = generate(pipe, [world.prompt(o, s) for o, s, _ in jobs], [j for *_, j in jobs], options.steps, options.guidance)
+    images = generate(
+        pipe, [world.prompt(o, s) for o, s, _ in jobs], [j for *_, j in jobs], options.steps, options.guidance
+    )
     objects, styles = judge.objects(images), judge.styles(images)
     report("object top-1", [found == o for found, (o, _, _) in zip(objects, jobs, strict=True)])
     report("style top-1", [found == s for found, (_, s, _) in zip(styles, jobs, strict=True)])

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from data import HELD_OUT
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import Average, Clock, arguments, descend, half, pictures, save
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from data import HELD_OUT
 from diffusers_erase.world import prompts
 
 CAPTIONS, EACH, PEAK = 24, 4, 8e-4

@@ -8,11 +8,10 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
+from data import HELD_OUT
 from diffusers import AutoencoderKL
 from torch import Tensor
 from training import Average, Clock, arguments, descend, half, pictures, save
-
-from data import HELD_OUT
 
 BATCH, PEAK, LATENTS = 16, 2e-3, 8
 
@@ -117,7 +116,9 @@ def main() -> None:
         recent.append(square.item())
         step += 1
         if step % 100 == 0:
-            print(f"step {step}  {clock.spent:.1f} min  train {-10 * np.log10(np.mean(recent) / 4):.2f} dB", flush=True)
+            print(
+                f"step {step}  {clock.spent:.1f} min  train {-10 * np.log10(np.mean(recent) / 4):.2f} dB", flush=True
+            )
             recent.clear()
         if step % 400 == 0 or not clock.running:
             save(
