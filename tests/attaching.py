@@ -12,6 +12,7 @@ ASKED = {
     "pair": {"concept": ["snoopy", "robot"], "target": "null"},
     "mild": {"concept": "castle", "target": "house", "residual": 0.3},
     "gated": {"concept": "monet", "target": "old man", "gate": 0.7},
+    "robot": {"concept": "robot", "target": "boat"},
     "car": {"concept": "car", "target": "street"},
     "uce": {"concept": "cat", "target": "tree", "method": "uce"},
 }
