@@ -1,5 +1,6 @@
 """The command line: parse, call, print. The only file that prints; bad input is one line and exit code 2."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,14 +35,35 @@ class OneLine(TyperGroup):
             _fail(str(error))
 
 
-app = typer.Typer(cls=OneLine, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Erase concepts from text-to-image pipelines, as small adapters.")
+app = typer.Typer(
+    cls=OneLine,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Erase concepts from text-to-image pipelines, as small adapters.",
+)
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"A diffusers folder, or {EMBEDDED} for the embedded model.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help=f"A diffusers folder, or {EMBEDDED} for the embedded model.")
+]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
-Targets = Annotated[list[str] | None, typer.Option("--target", help="Where to send the concept: a name; 'null' (default) is the empty prompt. Several concepts take one, or one each.")]
-Preserve = Annotated[list[str] | None, typer.Option("--preserve", help="A name that should stay as it is; repeat for more.")]
-Gate = Annotated[float | None, typer.Option(help="Let resemblance below this threshold through (map form only), such as 0.7.")]
-Residual = Annotated[float | None, typer.Option(help="Share of the concept that is left, such as 0.02 (strong) or 0.3 (mild).")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        help="Where to send the concept: a name; 'null' (default) is the empty prompt. Several concepts take one, or one each.",
+    ),
+]
+Preserve = Annotated[
+    list[str] | None, typer.Option("--preserve", help="A name that should stay as it is; repeat for more.")
+]
+Coreference = Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeat for more.")]
+Gate = Annotated[
+    float | None, typer.Option(help="Let resemblance below this threshold through (map form only), such as 0.7.")
+]
+Residual = Annotated[
+    float | None, typer.Option(help="Share of the concept that is left, such as 0.02 (strong) or 0.3 (mild).")
+]
 Tokens = Annotated[str | None, typer.Option(help="Rows to edit: last, name, eot, pads, joined by +; all.")]
 
 
@@ -52,7 +74,7 @@ def erase(
     folder: Out,
     target: Targets = None,
     preserve: Preserve = None,
-    coreference: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeat for more.")] = None,
+    coreference: Coreference = None,
     method: Annotated[str, typer.Option(help="How: see `diffusers-erase methods`.")] = "ridge",
     residual: Residual = None,
     tokens: Tokens = None,
@@ -89,7 +111,10 @@ def generate(
         attach.load_erasure(pipe, list(adapter), strength=strength)
         out.print(str(attach.erasure_status(pipe)))
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"num_inference_steps": steps or _default(model, "STEPS", 50), "guidance_scale": guidance if guidance is not None else _default(model, "GUIDANCE", 7.5)}
+    settings = {
+        "num_inference_steps": steps or _default(model, "STEPS", 50),
+        "guidance_scale": guidance if guidance is not None else _default(model, "GUIDANCE", 7.5),
+    }
     with _progress("drawing", len(prompts)) as advance:
         for i, prompt in enumerate(prompts):
             image = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed + i), **settings).images[0]
@@ -143,6 +168,7 @@ def demo(
     residual: Residual = None,
     tokens: Tokens = None,
     gate: Gate = None,
+    coreference: Coreference = None,
     folder: Out = Path("erase-demo"),
 ) -> None:
     """Erase a concept from the embedded model and see it gone: pictures before and after, judged, on one page."""
@@ -150,9 +176,13 @@ def demo(
     from .bench.demo import demo_suite
 
     with out.status("loading emoji-sd"):
-        pipe, judge = world.load(), world.judge()
-    suite = demo_suite(concept, pipe)
-    adapter = erase_concepts(pipe, concept, target=target, residual=residual, tokens=tokens, gate=gate)
+        pipe, judge = _pipeline(EMBEDDED), world.judge()
+    suite = demo_suite(concept)
+    with out.status("erasing"):
+        adapter = erase_concepts(
+            pipe, concept, target=target, residual=residual, tokens=tokens, gate=gate, coreferences=coreference or (),
+            templates=world.style_contexts() if concept in world.STYLES else None,
+        )  # fmt: skip
     saved = adapter.save_pretrained(folder / "adapter", model=pipe)
     with _progress("drawing before and after", 2 * len(suite.cases)) as advance:
         report = bench.evaluate(pipe, adapter, suite, judge, folder / "pictures", on_picture=advance)
@@ -167,18 +197,21 @@ def demo(
 
 def _pipeline(model: str) -> Any:
     """The pipeline in a diffusers folder, or the embedded one."""
-    if model == EMBEDDED:
-        from . import world
-
-        return world.load()
-    if not Path(model).is_dir():
-        raise EraseError(f"no model folder at {model!r}: expected a diffusers folder, or {EMBEDDED} for the embedded model")
+    if model != EMBEDDED and not Path(model).is_dir():
+        raise EraseError(
+            f"no model folder at {model!r}: expected a diffusers folder, or {EMBEDDED} for the embedded model"
+        )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which is when it warns
     import diffusers
     import transformers
 
     for host in (diffusers, transformers):
         host.utils.logging.set_verbosity_error()
         host.utils.logging.disable_progress_bar()
+    if model == EMBEDDED:
+        from . import world
+
+        return world.load()
     pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -195,11 +228,20 @@ def _default(model: str, setting: str, other: float) -> Any:
 def _print_adapter(adapter: ErasureAdapter) -> None:
     table = Table("concept", "sent to", "method", "tokens", "residual", "effect on the name", box=None, pad_edge=False)
     for r in adapter.recipes:
-        table.add_row(r.concept, " + ".join(r.targets) or "the empty prompt", r.method, r.tokens, f"{r.residual:g}", f"{r.effect:.3f}")
+        table.add_row(
+            r.concept,
+            " + ".join(r.targets) or "the empty prompt",
+            r.method,
+            r.tokens,
+            f"{r.residual:g}",
+            f"{r.effect:.3f}",
+        )
     out.print(table)
     if adapter.edit.preserved:
         out.print(f"preserved: {', '.join(adapter.edit.preserved)}")
-    out.print(f"base pack {adapter.edit.pack}, width {adapter.edit.width}, {len(adapter.edit.labels)} rows, {adapter.size:,} bytes, digest {adapter.digest[:16]}")
+    edit = adapter.edit
+    facts = f"base pack {edit.pack}, width {edit.width}, {len(edit.labels)} rows, {adapter.size:,} bytes"
+    out.print(f"{facts}, digest {adapter.digest[:16]}")
 
 
 @contextmanager

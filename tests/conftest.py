@@ -54,9 +54,20 @@ def make_unet(width, seed=0, **changes):
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
-    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 8, "in_channels": 4, "out_channels": 4}
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    return UNet2DConditionModel(**(sizes | blocks | {"cross_attention_dim": width, "attention_head_dim": 8, "norm_num_groups": 8} | changes)).eval()
+    sizes = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+    }
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return UNet2DConditionModel(
+        **(sizes | blocks | {"cross_attention_dim": width, "attention_head_dim": 8, "norm_num_groups": 8} | changes)
+    ).eval()
 
 
 def make_pipe(tokenizer, width=32, seed=0, family="sd1"):
@@ -106,7 +117,9 @@ def sd1(tokenizer):
 def sample(pipe, prompt="a photo of a cat", seed=0, steps=2, **kwargs):
     """Latents of one seeded run, `[1, 4, 8, 8]`."""
     generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="latent", height=16, width=16, **kwargs).images
+    return pipe(
+        prompt, num_inference_steps=steps, generator=generator, output_type="latent", height=16, width=16, **kwargs
+    ).images
 
 
 def bits(module):

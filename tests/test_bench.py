@@ -118,7 +118,9 @@ def test_the_page_is_whole_and_self_contained(sd1, suite, tmp_path):
     report = bench.evaluate(sd1, erase(sd1, "cat", target="dog"), suite, ByColour(0), tmp_path / "pictures")
     page = Page()
     page.feed(report.save(tmp_path / "out").read_text())
-    assert len(page.pictures) == 2 * len(suite.cases) and all(p.startswith("data:image/png;base64,") for p in page.pictures)
+    assert len(page.pictures) == 2 * len(suite.cases) and all(
+        p.startswith("data:image/png;base64,") for p in page.pictures
+    )
     assert not page.linked and "$" not in "".join(page.text)
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert data["estimates"]["concept left"]["n"] == 2 and len(data["cases"]) == len(suite.cases)

@@ -87,7 +87,9 @@ def test_generate_draws_with_and_without(model, adapters, tmp_path):
     run(*draw, "--out", str(tmp_path / "before"))
     run(*draw, "--out", str(tmp_path / "again"))
     run(*draw, "--adapter", str(adapters / "cat"), "--out", str(tmp_path / "after"))
-    before, again, after = (Image.open(tmp_path / d / "000-seed3.png").convert("RGB") for d in ("before", "again", "after"))
+    before, again, after = (
+        Image.open(tmp_path / d / "000-seed3.png").convert("RGB") for d in ("before", "again", "after")
+    )
     assert ImageChops.difference(before, again).getbbox() is None
     assert ImageChops.difference(before, after).getbbox() is not None
 
@@ -123,7 +125,9 @@ def test_missing_and_foreign_folders_get_one_line(model, adapters, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("generate", str(tmp_path / "empty"), "a cat", "--out", str(tmp_path / "out"))
     shutil.copytree(adapters / "cat", tmp_path / "cut")
-    (tmp_path / "cut" / "erasure.safetensors").write_bytes((adapters / "cat" / "erasure.safetensors").read_bytes()[:-7])
+    (tmp_path / "cut" / "erasure.safetensors").write_bytes(
+        (adapters / "cat" / "erasure.safetensors").read_bytes()[:-7]
+    )
     assert "not a whole" in refused("show", str(tmp_path / "cut"))
 
 

@@ -37,7 +37,9 @@ def evaluate(
     Pictures are cached in `folder`: those of the unedited model serve every adapter, and a killed run goes on.
     """
     if erasure_status(pipe).requested:
-        raise EraseError("the pipe carries erasures already: unload_erasure(pipe) first, so that before means unedited")
+        raise EraseError(
+            "the pipe carries erasures already: unload_erasure(pipe) first, so that before means unedited"
+        )
     start = time.monotonic()
     before = images.generate(pipe, suite, folder, on_picture)
     load_erasure(pipe, adapter)

@@ -1,7 +1,5 @@
 """The demo's suite: a concept of the embedded model, and what an erasure of it should and should not touch."""
 
-from typing import Any
-
 from .. import world
 from ..errors import EraseError
 from .suites import CONCEPT, NEIGHBOUR, PARAPHRASE, UNRELATED, Case, Suite, cases
@@ -10,7 +8,7 @@ UNRELATED_OBJECTS = 8
 SEEDS = (1, 2, 3, 4)
 
 
-def demo_suite(concept: str, pipe: Any, neighbours: int = 4) -> Suite:
+def demo_suite(concept: str, neighbours: int = 4) -> Suite:
     """Every style of `concept` and of its paraphrases, its nearest neighbours, and objects that have nothing to do with it.
 
     For a style as the concept: objects in it, and the same objects in the other styles.
@@ -20,9 +18,8 @@ def demo_suite(concept: str, pipe: Any, neighbours: int = 4) -> Suite:
     elif concept in world.OBJECTS:
         drawn = _for_object(concept, neighbours)
     else:
-        raise EraseError(
-            f"emoji-sd does not know {concept!r}: choose one of its objects ({', '.join(world.OBJECTS)}) or styles ({', '.join(world.STYLES)})"
-        )
+        known = f"its objects ({', '.join(world.OBJECTS)}) or styles ({', '.join(world.STYLES)})"
+        raise EraseError(f"emoji-sd does not know {concept!r}: choose one of {known}")
     return Suite(f"demo-{concept}", concept, tuple(drawn), steps=world.STEPS, guidance=world.GUIDANCE)
 
 
@@ -31,7 +28,11 @@ def _for_object(concept: str, neighbours: int) -> list[Case]:
     words = world.paraphrases(concept)[:2]
     return [
         *cases(CONCEPT, _styled([concept]), SEEDS),
-        *cases(PARAPHRASE, [(world.prompt(word, style), concept, style) for word in words for style in world.STYLES], SEEDS[:2]),
+        *cases(
+            PARAPHRASE,
+            [(world.prompt(word, style), concept, style) for word in words for style in world.STYLES],
+            SEEDS[:2],
+        ),
         *cases(NEIGHBOUR, _styled(near), SEEDS[:2]),
         *cases(UNRELATED, _styled(_unrelated([concept, *world.neighbours(concept, 8)])), SEEDS[:1]),
     ]

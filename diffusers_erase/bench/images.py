@@ -22,7 +22,9 @@ from .suites import Suite
 BATCH = 16
 
 
-def generate(pipe: Any, suite: Suite, folder: str | Path, on_picture: Callable[[int], Any] = lambda n: None) -> list[Path]:
+def generate(
+    pipe: Any, suite: Suite, folder: str | Path, on_picture: Callable[[int], Any] = lambda n: None
+) -> list[Path]:
     """Every picture of `suite` as `pipe` draws it now, in the order of its cases; those that exist are not drawn again.
 
     Args:
@@ -59,11 +61,20 @@ def model_digest(pipe: Any) -> str:
     Of each weight count its shape, sum and sum of squares: quick on large models, and different when anything was tuned.
     """
     status = erasure_status(pipe)
-    told: list[Any] = [Encoder(pipe).states_digest(), type(pipe.scheduler).__name__, json.dumps(dict(pipe.scheduler.config), default=str)]
+    told: list[Any] = [
+        Encoder(pipe).states_digest(),
+        type(pipe.scheduler).__name__,
+        json.dumps(dict(pipe.scheduler.config), default=str),
+    ]
     for module in (unwrapped(pipe.unet), pipe.vae):
         for name, weight in module.state_dict().items():
-            told.append([name, list(weight.shape), float(weight.double().sum()), float(weight.double().square().sum())])
-    told.append([[n, status.requested[n]["digest"], status.requested[n]["strength"]] for n in sorted(status.in_force)] + [status.mode])
+            told.append(
+                [name, list(weight.shape), float(weight.double().sum()), float(weight.double().square().sum())]
+            )
+    told.append(
+        [[n, status.requested[n]["digest"], status.requested[n]["strength"]] for n in sorted(status.in_force)]
+        + [status.mode]
+    )
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -59,23 +59,30 @@ class Report:
         """Write `index.html` (self-contained) and `report.json`; returns the page's path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(
+            json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         page = folder / "index.html"
         page.write_text(self.to_html(), encoding="utf-8")
         return page
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures' bytes."""
-        rows = zip(self.suite.cases, self.before.objects, self.after.objects, self.before.styles, self.after.styles, strict=True)
+        rows = zip(
+            self.suite.cases,
+            self.before.objects,
+            self.after.objects,
+            self.before.styles,
+            self.after.styles,
+            strict=True,
+        )
         return {
             "concept": self.suite.concept,
             "suite": self.suite.name,
             "settings": {"steps": self.suite.steps, "guidance": self.suite.guidance},
             "facts": self.facts,
             "estimates": {name: asdict(e) for name, e in self.estimates.items()},
-            "cases": [
-                asdict(case) | {"object": [b, a], "style": [bs, as_]} for case, b, a, bs, as_ in rows
-            ],
+            "cases": [asdict(case) | {"object": [b, a], "style": [bs, as_]} for case, b, a, bs, as_ in rows],
         }
 
     def to_html(self) -> str:
@@ -91,20 +98,38 @@ class Report:
 
     def _verdict(self) -> str:
         found = self.estimates
-        parts = [f"{found['concept left'].value:.0%} of “{self.suite.concept}” is left"] if "concept left" in found else []
-        parts += [f"{found[n].value:.0%} of {n.removesuffix(' kept')} kept" for n in ("neighbours kept", "unrelated kept") if n in found]
+        parts = (
+            [f"{found['concept left'].value:.0%} of “{self.suite.concept}” is left"] if "concept left" in found else []
+        )
+        parts += [
+            f"{found[n].value:.0%} of {n.removesuffix(' kept')} kept"
+            for n in ("neighbours kept", "unrelated kept")
+            if n in found
+        ]
         return "; ".join(parts) + "."
 
     def _objects(self, indices: Sequence[int]) -> Estimate:
-        return share_kept([self.suite.cases[i].shows for i in indices], _at(self.before.objects, indices), _at(self.after.objects, indices))
+        return share_kept(
+            [self.suite.cases[i].shows for i in indices],
+            _at(self.before.objects, indices),
+            _at(self.after.objects, indices),
+        )
 
     def _styles(self, indices: Sequence[int]) -> Estimate:
-        return share_kept([self.suite.cases[i].style for i in indices], _at(self.before.styles, indices), _at(self.after.styles, indices))
+        return share_kept(
+            [self.suite.cases[i].style for i in indices],
+            _at(self.before.styles, indices),
+            _at(self.after.styles, indices),
+        )
 
     def _trouble(self, index: int) -> int:
         """How bad a pair is for the erasure: 2 a failure of it, 1 nothing to see (wrong before already), 0 as it should be."""
         case = self.suite.cases[index]
-        seen = (self.before.styles, self.after.styles) if self.erases_style and case.role == CONCEPT else (self.before.objects, self.after.objects)
+        seen = (
+            (self.before.styles, self.after.styles)
+            if self.erases_style and case.role == CONCEPT
+            else (self.before.objects, self.after.objects)
+        )
         wanted = case.style if self.erases_style and case.role == CONCEPT else case.shows
         if seen[0][index] != wanted:
             return 1
@@ -120,7 +145,10 @@ class Report:
         saw = f"{self.before.objects[index]} → {self.after.objects[index]}"
         if self.before.styles[index] != self.after.styles[index]:
             saw += f" ({self.before.styles[index]} → {self.after.styles[index]})"
-        images = "".join(f'<img alt="{when}" src="{_data_uri(path)}">' for when, path in zip(("before", "after"), self.pictures[index], strict=True))
+        images = "".join(
+            f'<img alt="{when}" src="{_data_uri(path)}">'
+            for when, path in zip(("before", "after"), self.pictures[index], strict=True)
+        )
         caption = f"<b>{html.escape(case.prompt)}</b><span>seed {case.seed} · seen: {html.escape(saw)}</span>"
         return f'<figure class="{trouble}">{images}<figcaption>{caption}</figcaption></figure>'
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers_erase.errors import EraseError
-from diffusers_erase.world.prompts import captions, catalogue, neighbours, paraphrases, prompt
+from diffusers_erase.world.prompts import catalogue, neighbours, paraphrases, prompt, style_contexts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from diffusers_erase.world.judge import Judge
 
 __all__ = [
-    "GUIDANCE", "OBJECTS", "PACK_PROMPTS", "STEPS", "STYLES",
-    "judge", "load", "neighbours", "paraphrases", "path", "prompt",
+    "GUIDANCE", "OBJECTS", "STEPS", "STYLES",
+    "judge", "load", "neighbours", "paraphrases", "path", "prompt", "style_contexts",
 ]  # fmt: skip
 
 OBJECTS: tuple[str, ...] = tuple(catalogue()["objects"])
@@ -34,9 +34,6 @@ STEPS, GUIDANCE = 10, 3.0
 
     pipe(prompt, num_inference_steps=world.STEPS, guidance_scale=world.GUIDANCE)
 """
-
-PACK_PROMPTS: tuple[str, ...] = tuple(captions())
-"""The model's background prompts: every object, paraphrase and style in every template. Other English it never saw."""
 
 WEIGHTS = Path(__file__).with_name("weights")
 

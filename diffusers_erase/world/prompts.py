@@ -55,3 +55,38 @@ def captions() -> list[str]:
     styled = [caption(t, word, style) for word in words for style in styles for t in TEMPLATES]
     bare = [caption(t, word) for word in words for t in BARE_TEMPLATES]
     return styled + bare + [caption(t, style=style) for style in styles for t in STYLE_TEMPLATES]
+
+
+def pack() -> dict:
+    """The base pack that the model brings with it (`erasure_pack.json` in its folder): its own words, in its own sentences.
+
+    General English, the library's default, is outside what this model was trained on.
+    """
+    names, styles = catalogue()["objects"], catalogue()["styles"]
+    words = [*names, *(word for name in names for word in paraphrases(name))]
+    styled = [
+        prompt(word, styles[(i + 2 * j) % 4], (i + j) % len(TEMPLATES)) for i, word in enumerate(words) for j in (0, 1)
+    ]
+    bare = [caption(BARE_TEMPLATES[i % len(BARE_TEMPLATES)], word) for i, word in enumerate(words)]
+    alone = [caption(template, style=style) for style in styles for template in STYLE_TEMPLATES]
+    return {"name": "emoji-sd-0", "prompts": styled + bare + alone, "templates": object_contexts()}
+
+
+def object_contexts() -> list[str]:
+    """Contexts in which the name of an object stands, `{}` for the name."""
+    styled = [f"a drawing of a {{}} in {style} style" for style in catalogue()["styles"]]
+    styled += [f"an {{}} in {style} style" for style in catalogue()["styles"]]
+    styled += [f"{style} style {{}}" for style in catalogue()["styles"]]
+    return ["{}", "a {}", "a drawing of a {}", *styled]
+
+
+def style_contexts() -> list[str]:
+    """Contexts in which the name of a style stands, with objects of many kinds."""
+    names = list(catalogue()["objects"])[::5]
+    shapes = (
+        "a drawing of a {o} in {{}} style",
+        "{{}} style {o}",
+        "a {o} in {{}} style",
+        "a {{}} style drawing of a {o}",
+    )
+    return ["{} style", "a drawing in {} style", *(shapes[i % 4].format(o=name) for i, name in enumerate(names))]
