@@ -74,14 +74,7 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     path = _locate(source)
     if (size := path.stat().st_size) > MAX_BYTES:
         raise MismatchError(f"{path} has {size} bytes, an adapter at most {MAX_BYTES}: this is not an erasure")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise MismatchError(
-            f"{path} is not a whole safetensors file ({error}): fetch or save the adapter again"
-        ) from error
+    tensors, metadata = read_tensors(path)
     head = _json(metadata.get("erasure", "null"), path)
     if not isinstance(head, dict):
         raise MismatchError(
@@ -99,6 +92,19 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             f"{config} describes another adapter than the {path.name} beside it: fetch or save the folder again"
         )
     return tensors, head
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        MismatchError: it is not one, or not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+    except (SafetensorError, OSError) as error:
+        raise MismatchError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
 
 
 def read_pack(source: str | Path) -> dict[str, Any]:
@@ -132,9 +138,8 @@ def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError:
+            return read_tensors(path)[0]
+        except MismatchError:
             path.unlink()  # a broken cache file is made again, never trusted
     tensors = make()
     with contextlib.suppress(OSError):  # homes are read-only in many containers: then it is made every time

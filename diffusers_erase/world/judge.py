@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusers_erase.errors import EraseError
+from diffusers_erase.hub import read_tensors
 
 OTHER = "other"
 """What the object judge answers for anything that is none of our objects."""
@@ -46,7 +46,7 @@ class Judge:
         """The judge whose weights lie in `folder`."""
         networks = Network(len(objects) + 1, OBJECT_WIDTH), Network(len(styles), STYLE_WIDTH)
         for name, network in zip(("objects", "styles"), networks, strict=True):
-            network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            network.load_state_dict(read_tensors(folder / f"{name}.safetensors")[0])
         return cls(objects, styles, *networks)
 
     @torch.no_grad()
