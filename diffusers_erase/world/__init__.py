@@ -19,7 +19,7 @@ from diffusers_erase.world.prompts import catalogue, neighbours, paraphrases, pr
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from diffusers_erase.world.judge import Judge
+    from diffusers_erase.world.judging import Judge
 
 __all__ = [
     "GUIDANCE", "OBJECTS", "STEPS", "STYLES",
@@ -57,7 +57,7 @@ def load() -> "StableDiffusionPipeline":
 
 def judge() -> "Judge":
     """The judge of objects and styles; its files' hashes are checked first."""
-    from diffusers_erase.world.judge import Judge
+    from diffusers_erase.world.judging import Judge
 
     check("judges")
     return Judge.load(WEIGHTS / "judges", OBJECTS, STYLES)

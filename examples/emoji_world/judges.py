@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from training import Clock, arguments, descend, half
 
-from diffusers_erase.world.judge import OBJECT_WIDTH, STYLE_WIDTH, Network
+from diffusers_erase.world.judging import OBJECT_WIDTH, STYLE_WIDTH, Network
 
 BATCH, PEAK, OTHERS = 128, 3e-3, 32
 
