@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,19 @@ class Entry:
     """False where it was loaded with `strict=False` and its checks did not pass or did not run."""
 
 
+class Rules(NamedTuple):
+    """What loading was allowed to do (see `compose`); changing what is active later is held to the same."""
+
+    chains: str = "error"
+    residual_max: float | None = 0.2
+
+    def loosened(self, other: "Rules") -> "Rules":
+        """Whatever one of the two allows."""
+        limits = [rules.residual_max for rules in (self, other) if rules.residual_max is not None]
+        follow = "follow" in (self.chains, other.chains)
+        return Rules("follow" if follow else "error", max(limits) if len(limits) == 2 else None)
+
+
 @dataclass(eq=False)
 class Registry:
     """What is loaded on a set of modules and in which form. One registry is shared by all text readers of a pipeline."""
@@ -94,6 +107,7 @@ class Registry:
     entries: dict[str, Entry] = field(default_factory=dict)
     enabled: bool = True
     fused: bool = False
+    rules: Rules = Rules()
     edit: Edit | None = None
     """What acts now; `map` is its map form, absent while fused."""
     map: EmbeddingMap | None = None
@@ -234,6 +248,8 @@ def load_erasure(
         >>> load_erasure(pipe, "erase-van-gogh")
         >>> image = pipe("a painting by Van Gogh").images[0]
     """
+    if chains not in ("error", "follow"):
+        raise EraseError(f"chains is 'error' or 'follow': got {chains!r}")
     if mode not in ("auto", "map", "fused"):
         raise EraseError(f"mode is 'auto', 'map' or 'fused': got {mode!r}; for a stock LoRA use adapter.to_lora(pipe)")
     _check_strengths([strength])
@@ -248,7 +264,10 @@ def load_erasure(
         _check_width(adapter, readers)
     entries = {n: Entry(a, strength, True, _verify(pipe, a, strict)) for n, a in zip(names, adapters, strict=True)}
     fused = registry.fused if mode == "auto" else mode == "fused"
-    _commit(readers, registry, registry.entries | entries, registry.enabled, fused, chains, residual_max)
+    rules = registry.rules.loosened(Rules(chains, residual_max))
+    _check_set(registry.entries | entries, rules)
+    _commit(readers, registry, registry.entries | entries, registry.enabled, fused)
+    registry.rules = rules
 
 
 def unload_erasure(pipe: Any) -> None:
@@ -283,6 +302,7 @@ def set_erasures(
         )  # type: ignore[arg-type]
         for name, entry in registry.entries.items()
     }
+    _check_set(entries, registry.rules)
     _commit(readers, registry, entries, registry.enabled, registry.fused)
 
 
@@ -335,7 +355,8 @@ def save_erasure(pipe: Any, directory: str | Path, adapter_name: str | None = No
     names = registry.in_force if adapter_name is None else _known(registry, adapter_name)
     if not names:
         raise EraseError("no erasure is in force: name the one to save, or enable_erasure() first")
-    return compose(*(registry.entries[n].adapter for n in names), residual_max=None).save_pretrained(directory)
+    adapters = (registry.entries[n].adapter for n in names)
+    return compose(*adapters, chains=registry.rules.chains, residual_max=None).save_pretrained(directory)
 
 
 def erasure_status(pipe: Any) -> ErasureStatus:
@@ -401,14 +422,9 @@ def _commit(
     entries: dict[str, Entry],
     enabled: bool,
     fused: bool,
-    chains: str = "follow",
-    residual_max: float | None = None,
 ) -> None:
-    """Make this the state of all readers. Computes and checks first; from the first write on nothing can fail.
-
-    Only loading can bring in a chain or crowd a set beyond its limit, so only loading checks these again.
-    """
-    edit = _edit(entries, enabled, chains, residual_max)
+    """Make this the state of all readers. Computes and checks first; from the first write on nothing can fail."""
+    edit = _edit(entries, enabled)
     mapping = EmbeddingMap(edit) if edit is not None and not fused else None
     modules = {unwrapped(reader): name for name, reader in readers.items()}
     modules |= {m: _attachment(m).name for m in registry.modules if m not in modules}  # type: ignore[union-attr]
@@ -424,13 +440,21 @@ def _commit(
             _detach(module)
 
 
-def _edit(entries: dict[str, Entry], enabled: bool, chains: str, residual_max: float | None) -> Edit | None:
+def _edit(entries: dict[str, Entry], enabled: bool) -> Edit | None:
     """The composed edit of the active entries, or None where nothing acts."""
     acting = [e for e in entries.values() if e.active and e.strength > 0] if enabled else []
     if not acting:
         return None
-    compose(*(e.adapter for e in acting), chains=chains, residual_max=residual_max)
-    return edits.compose(*(e.adapter.edit.softened(e.strength) for e in acting), chains=chains, residual_max=None)
+    return edits.compose(*(e.adapter.edit.softened(e.strength) for e in acting), chains="follow", residual_max=None)
+
+
+def _check_set(entries: dict[str, Entry], rules: Rules) -> None:
+    """Raise unless the active entries go together, whether or not erasures are enabled now.
+
+    Only loading and activating can bring in a chain, crowd a set, or join two encoders, so only they ask.
+    """
+    if acting := [e.adapter for e in entries.values() if e.active and e.strength > 0]:
+        compose(*acting, chains=rules.chains, residual_max=rules.residual_max)
 
 
 def _weight_plan(
@@ -444,9 +468,7 @@ def _weight_plan(
     if edit is not None:
         check_fusable(module)
     for pair, key, value in fused_pairs(module):
-        if (
-            pair not in base and key in base
-        ):  # the host copied our fused weights into one: its original is the originals'
+        if pair not in base and key in base:  # the host copied our fused weights: the copy's original is theirs
             base[pair] = torch.cat([base[key], base[value]])
     if edit is None:
         return {linear: (bits, bits) for linear, bits in base.items()}

@@ -7,6 +7,7 @@ commutative, associative and idempotent. Taking a concept out is solving without
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -113,6 +114,9 @@ class Edit:
             raise EraseError("an edit holds finite numbers only: found NaN or infinity; erase the concept again")
         if not bool((self.strengths > 0).all()):
             raise EraseError("every row of an edit has a positive strength; leave a row out instead of giving it none")
+        for gate in filter(None, (label.gate for label in self.labels)):
+            if not (math.isfinite(gate.threshold) and 0 < gate.width < math.inf):
+                raise EraseError(f"a gate has a finite threshold and a positive width: got {tuple(gate)}")
         if self.moving.tolist() != [label.targets is not None for label in self.labels]:
             raise EraseError("a row has an offset exactly where its label names a target: labels and offsets disagree")
 

@@ -129,6 +129,11 @@ def _check_text_paths(name: str, reader: nn.Module) -> None:
             f"{name} also takes pooled text ({config.addition_embed_type}, as SDXL does), by which a concept would survive: "
             f"pooled paths are not supported yet"
         )
+    if getattr(config, "class_embed_type", None) is not None:
+        raise EraseError(
+            f"{name} also takes class embeddings ({config.class_embed_type}, as unCLIP does), by which a concept would survive: "
+            f"not supported yet"
+        )
     if str(getattr(config, "attention_type", "default")).startswith("gated"):
         raise EraseError(
             f"{name} also reads phrases through gated attention (GLIGEN), by which a concept would survive: not supported yet"

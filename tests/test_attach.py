@@ -594,3 +594,24 @@ def test_a_pickled_unet_keeps_its_erasure(pipe, tmp_path):
         32, **({"use_linear_projection": True, "attention_head_dim": (4, 8)} if family(pipe) == "sd2" else {})
     )
     assert torch.equal(forward(pipe, unet=twin), forward(pipe, unet=plain))
+
+
+def test_what_is_activated_later_is_held_to_the_rules_of_loading(pipe):
+    """A chain that could not be loaded cannot be switched on either; once it was allowed, it may."""
+    load_erasure(pipe, erase(pipe, "cat", target="dog"), "cat")
+    load_erasure(pipe, erase(pipe, "boat"), "boat")
+    set_erasures(pipe, "boat")
+    load_erasure(pipe, erase(pipe, "dog", target="wolf"), "dog")  # alone with the boat it contradicts nothing
+    before = get_active_erasures(pipe)
+    with pytest.raises(ConflictError, match="chains='follow'"):
+        set_erasures(pipe, ["cat", "dog"])
+    assert get_active_erasures(pipe) == before
+    delete_erasures(pipe, "dog")
+    set_erasures(pipe, ["cat", "boat"])
+    disable_erasure(pipe)
+    with pytest.raises(ConflictError, match="chains='follow'"):  # also while nothing is in force
+        load_erasure(pipe, erase(pipe, "dog", target="wolf"), "dog")
+    load_erasure(pipe, erase(pipe, "dog", target="wolf"), "dog", chains="follow")
+    set_erasures(pipe, ["cat", "dog"])
+    enable_erasure(pipe)
+    assert get_active_erasures(pipe) == ["cat", "dog"]
