@@ -29,7 +29,7 @@ __all__ = [
 OBJECTS: tuple[str, ...] = tuple(catalogue()["objects"])
 STYLES: tuple[str, ...] = tuple(catalogue()["styles"])
 
-STEPS, GUIDANCE = 10, 3.0
+STEPS, GUIDANCE = 10, 2.0
 """Pass these to the pipeline: the sampling steps and guidance scale at which the model was measured.
 
     pipe(prompt, num_inference_steps=world.STEPS, guidance_scale=world.GUIDANCE)

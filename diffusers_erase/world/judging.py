@@ -28,7 +28,9 @@ class Network(nn.Sequential):
 
     @property
     def head(self) -> nn.Linear:
-        return self[-1]
+        last = self[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
 
 OBJECT_WIDTH, STYLE_WIDTH = 32, 16
@@ -53,7 +55,8 @@ class Judge:
     def probabilities(self, images: Tensor | list[Image.Image]) -> tuple[Tensor, Tensor]:
         """P(object) [n, objects + 1], the last column for anything else, and P(style) [n, styles]."""
         parts = as_tensor(images).split(256)
-        return tuple(torch.cat([net(p).softmax(1) for p in parts]) for net in (self.object_net, self.style_net))
+        objects = torch.cat([self.object_net(p).softmax(1) for p in parts])
+        return objects, torch.cat([self.style_net(p).softmax(1) for p in parts])
 
     def objects(self, images: Tensor | list[Image.Image]) -> list[str]:
         """The likeliest object of each picture, or "other"."""
