@@ -5,7 +5,7 @@ text states, edited weights, and a LoRA.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,15 @@ class Recipe:
     templates: tuple[str, ...] | None
     """None for the package's own list."""
     residual: float
-    effect: float
-    """Share of the way to its target that the bare name goes: measured again at every load."""
+    effect: float | None
+    """Share of the way to its target that the bare name goes under these rows alone: measured again at every load. None
+    where composing has changed the concept's rows (two recipes for it, or a followed chain)."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Recipe":
-        lists = {k: tuple(data[k]) for k in ("coreferences", "targets", "preserve")}
-        return cls(**(data | lists | {"templates": None if data["templates"] is None else tuple(data["templates"])}))
+        recipe = cls(**data)
+        lists = {name: tuple(getattr(recipe, name)) for name in ("coreferences", "targets", "preserve")}
+        return replace(recipe, templates=None if recipe.templates is None else tuple(recipe.templates), **lists)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +146,7 @@ class ErasureAdapter:
         known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.base_model)  # a repository, not somebody's folder
         base = f"base_model: {self.base_model}\nbase_model_relation: adapter\n" if known else ""
         rows = "\n".join(
-            f"| {r.concept} | {' + '.join(r.targets) or 'empty prompt'} | {r.method} | {r.tokens} | {r.residual:g} | {r.effect:.3f} |"
+            f"| {r.concept} | {' + '.join(r.targets) or 'empty prompt'} | {r.method} | {r.tokens} | {r.residual:g} | {_effect(r)} |"
             for r in self.recipes
         )
         return _CARD.format(
@@ -228,13 +230,26 @@ def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: floa
     encoders = sorted({a.encoder for a in adapters}, key=lambda e: e.states)
     for other in encoders[1:]:
         encoders[0].check(other)
-    recipes = {hub.canonical(asdict(r)): r for a in adapters for r in a.recipes}
+    edit = edits.compose(*(a.edit for a in adapters), chains=chains, residual_max=residual_max)
+    joined = [
+        r if _same_rows(a.edit, edit, r.concept) else replace(r, effect=None) for a in adapters for r in a.recipes
+    ]
+    recipes = {hub.canonical(asdict(r)): r for r in joined}
     return ErasureAdapter(
-        edit=edits.compose(*(a.edit for a in adapters), chains=chains, residual_max=residual_max),
+        edit=edit,
         encoder=encoders[0],
         recipes=tuple(recipes[key] for key in sorted(recipes)),
         base_model=min(a.base_model for a in adapters),
     )
+
+
+def _same_rows(one: Edit, other: Edit, concept: str) -> bool:
+    """Whether a concept is erased by the same rows in two edits."""
+    return one.only(concept).digest == other.only(concept).digest
+
+
+def _effect(recipe: Recipe) -> str:
+    return "not measured" if recipe.effect is None else f"{recipe.effect:.3f}"
 
 
 _CARD = """---

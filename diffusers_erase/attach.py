@@ -172,7 +172,7 @@ class Attachment:
 class SaveGuard:
     """Stands in for a module's `save_pretrained` while an unfused erasure is in force: the files would hold the un-erased model."""
 
-    def __init__(self, attachment: Attachment, module: nn.Module):
+    def __init__(self, attachment: Attachment, module: Any):
         self.attachment = attachment
         self.module = module
         functools.update_wrapper(self, type(module).save_pretrained)  # a pipeline asks which arguments it takes
@@ -295,11 +295,9 @@ def set_erasures(
     if len(given) != len(names):
         raise EraseError(f"{len(names)} erasures but {len(given)} strengths: give one strength, or one for each name")
     _check_strengths([s for s in given if s is not None])
-    chosen = dict(zip(names, given, strict=True))
+    chosen = {n: registry.entries[n].strength if s is None else float(s) for n, s in zip(names, given, strict=True)}
     entries = {
-        name: replace(
-            entry, active=name in chosen, strength=entry.strength if chosen.get(name) is None else float(chosen[name])
-        )  # type: ignore[arg-type]
+        name: replace(entry, active=name in chosen, strength=chosen.get(name, entry.strength))
         for name, entry in registry.entries.items()
     }
     _check_set(entries, registry.rules)
@@ -401,13 +399,10 @@ class _Restored:
 
 
 def effect(encoder: Encoder, edit: Edit, concept: str) -> float:
-    """Share of the way to its target that the bare name of `concept` goes under `edit`, averaged over its token roles."""
+    """Share of the way to its target that the bare name of `concept` goes under its own rows alone, averaged over token roles."""
+    edit = edit.only(concept)
     mapping = EmbeddingMap(edit)
-    rows = [
-        i
-        for i, label in enumerate(edit.labels)
-        if label.targets is not None and label.concept == label.name == concept
-    ]
+    rows = [i for i, label in enumerate(edit.labels) if label.name == concept]
     states = encoder.rows(concept, tuple(edit.labels[i].role for i in rows), ("{}",))
     shares = []
     for i in rows:
@@ -522,7 +517,7 @@ def _write(plan: dict[nn.Linear, tuple[Tensor, Tensor]], keep: bool) -> dict[nn.
 
 def _fingerprint(weight: Tensor) -> str:
     bits = weight.detach().cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(bits.numpy()).hexdigest()
+    return hashlib.sha256(bits.numpy().tobytes()).hexdigest()
 
 
 def _attachment(reader: nn.Module) -> Attachment | None:
@@ -611,7 +606,9 @@ def _verify(pipe: Any, adapter: ErasureAdapter, strict: bool) -> bool:
         encoder = Encoder(pipe)
         adapter.encoder.check(encoder.fingerprint())
         for recipe in adapter.recipes:
-            found = effect(encoder, adapter.edit.alone(recipe.concept), recipe.concept)
+            if recipe.effect is None:
+                continue
+            found = effect(encoder, adapter.edit, recipe.concept)
             if abs(found - recipe.effect) > EFFECT_TOLERANCE:
                 raise MismatchError(
                     f"under this adapter {recipe.concept!r} goes {found:.2f} of the way to its target here, {recipe.effect:.2f} where it "

@@ -234,7 +234,7 @@ def _print_adapter(adapter: ErasureAdapter) -> None:
             r.method,
             r.tokens,
             f"{r.residual:g}",
-            f"{r.effect:.3f}",
+            "not measured" if r.effect is None else f"{r.effect:.3f}",
         )
     out.print(table)
     if adapter.edit.preserved:

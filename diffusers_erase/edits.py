@@ -166,6 +166,10 @@ class Edit:
         """The rows of one concept, with all preserved rows."""
         return self.take(i for i, row in enumerate(self.labels) if row.targets is None or row.concept == concept)
 
+    def only(self, concept: str) -> "Edit":
+        """The moving rows of one concept, without any preserved row."""
+        return self.take(i for i, row in enumerate(self.labels) if row.targets is not None and row.concept == concept)
+
     def to(self, dtype: torch.dtype) -> "Edit":
         """All rows in `dtype`; float32 is what files hold."""
         keys, offsets, strengths, pulled = (
@@ -289,7 +293,7 @@ def _check_one_target(edit: Edit) -> None:
             continue
         for identity in ((same_name(label.name), label.role), _bytes(key)):
             first, to = seen.setdefault(identity, (label, _bytes(offset)))
-            same = tuple(map(same_name, first.targets)) == tuple(map(same_name, label.targets))
+            same = list(map(same_name, first.targets or ())) == list(map(same_name, label.targets))
             if not same or (identity == _bytes(key) and to != _bytes(offset)):
                 raise ConflictError(
                     f"one key with two targets: {label.name!r} ({label.role}) is sent to {_say(first.targets)} and to "
@@ -303,8 +307,8 @@ def _follow_chains(edit: Edit, erased: set[str], chains: str) -> Edit:
     labels, offsets = list(edit.labels), edit.offsets.clone()
     for i, label in enumerate(edit.labels):
         visited = {same_name(label.name)}
-        while labels[i].targets and any(same_name(t) in erased for t in labels[i].targets):
-            target = labels[i].targets[0]
+        while (goals := labels[i].targets) and any(same_name(t) in erased for t in goals):
+            target = goals[0]
             # As `Task` does: inner tokens of a longer name went to the target's last token.
             onward = where.get((same_name(target), "subject" if label.role.startswith("name:") else label.role))
             if chains != "follow":
@@ -312,9 +316,9 @@ def _follow_chains(edit: Edit, erased: set[str], chains: str) -> Edit:
                     f"{label.concept!r} is sent to {target!r}, which is erased too, so it would land on an erased concept; "
                     f"choose another target for {label.concept!r} or compose with chains='follow'"
                 )
-            if len(labels[i].targets) > 1 or onward is None or same_name(target) in visited:
+            if len(goals) > 1 or onward is None or same_name(target) in visited:
                 raise ConflictError(
-                    f"the chain {label.concept!r} → {_say(labels[i].targets)} cannot be followed: it is a circle, a mixture, or "
+                    f"the chain {label.concept!r} → {_say(goals)} cannot be followed: it is a circle, a mixture, or "
                     f"{target!r} has no row for the role {label.role!r}; choose another target for {label.concept!r}"
                 )
             visited.add(same_name(target))

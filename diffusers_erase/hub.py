@@ -102,7 +102,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+            # Cloned: some versions map the file, and writing over it would change tensors that were read.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dict
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise MismatchError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
 

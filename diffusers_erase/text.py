@@ -271,7 +271,7 @@ def background(encoder: Encoder, recipe: PackRecipe) -> tuple[Tensor, Tensor]:
     Of each prompt count its content rows, its EOT and the mean of its pads; never the start token, which is hard, as are
     the empty prompt's EOT and the centroid of its pads.
     """
-    moment, count = 0.0, 0
+    moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
     for start in range(0, len(recipe.prompts), BATCH):
         states = encoder.encode(recipe.prompts[start : start + BATCH], cut=True)
         for i, rows in enumerate(states.rows.double()):

@@ -47,7 +47,9 @@ def evaluate(
         after = images.generate(pipe, suite, folder, on_picture)
     finally:
         unload_erasure(pipe)
-    seen = [Judged(tuple(judge.objects(p)), tuple(judge.styles(p))) for p in (images.read(before), images.read(after))]
+    seen_before, seen_after = (
+        Judged(tuple(judge.objects(p)), tuple(judge.styles(p))) for p in (images.read(before), images.read(after))
+    )
     recipe = adapter.recipes[0]
     facts = {
         "sent to": " + ".join(recipe.targets) or "the empty prompt",
@@ -57,7 +59,7 @@ def evaluate(
         "seconds": f"{time.monotonic() - start:.0f}",
         "digest": adapter.digest[:24],
     }
-    return Report(suite, *seen, tuple(zip(before, after, strict=True)), facts)
+    return Report(suite, seen_before, seen_after, tuple(zip(before, after, strict=True)), facts)
 
 
 def _gate(adapter: ErasureAdapter) -> str:

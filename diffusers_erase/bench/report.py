@@ -87,7 +87,7 @@ class Report:
 
     def to_html(self) -> str:
         """The page: verdict, table, and all pairs of pictures, the worst first."""
-        template = Template((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
+        template = Template((resources.files("diffusers_erase.bench") / "page.html").read_text(encoding="utf-8"))
         return template.substitute(
             concept=html.escape(self.suite.concept),
             verdict=html.escape(self._verdict()),

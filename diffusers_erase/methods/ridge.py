@@ -21,6 +21,7 @@ def ridge(task: Task, *, preserve_residual: float = 0.1) -> Edit:
     """
     if not 0 < preserve_residual < 1:
         raise EraseError(f"preserve_residual is a share between 0 and 1, such as 0.1: got {preserve_residual}")
+    assert task.residual is not None  # None is for methods that fix it
     pack = task.pack()
     labels, keys, offsets = task.rows(task.tokens, task.templates)
     names, preserved = task.preserved_rows(task.tokens, task.templates)
