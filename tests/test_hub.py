@@ -38,7 +38,7 @@ def rewrite(folder, head=None, tensors=None, seal=True):
     if seal:
         head.pop("checksum", None)
         head["checksum"] = hub.digest(head)
-    weights = load_file(folder / hub.WEIGHTS) if tensors is None else tensors
+    weights = hub.read_tensors(folder / hub.WEIGHTS)[0] if tensors is None else tensors
     save_file(weights, folder / hub.WEIGHTS, metadata={"erasure": json.dumps(head)})
     (folder / hub.CONFIG).unlink(missing_ok=True)
 
@@ -236,7 +236,7 @@ HEADS = {
 def test_an_edited_head_is_refused(home, saved, case):
     edit, message = HEADS[case]
     head = edit(head_of(saved))
-    data = load_file(saved / hub.WEIGHTS)
+    data, _ = hub.read_tensors(saved / hub.WEIGHTS)  # copies: old safetensors map the file that is written over
     if isinstance(head, dict):
         rewrite(saved, head, data, seal=False)
         refused(home, saved)  # by the checksum, or by what is checked before it
