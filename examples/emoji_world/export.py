@@ -90,6 +90,9 @@ def main() -> None:
     shutil.rmtree(weights, ignore_errors=True)
     pipeline(work).to(dtype=torch.float16).save_pretrained(weights / "emoji-sd")
     suit_every_host(weights / "emoji-sd")
+    for config in (weights / "emoji-sd").glob("*/config.json"):  # without the place where it was trained
+        kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     judges(work / "judges", weights / "judges")
     order_neighbours(work)
     (weights / "emoji-sd" / "erasure_pack.json").write_text(json.dumps(pack(), indent=1) + "\n")
