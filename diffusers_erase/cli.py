@@ -184,7 +184,7 @@ def demo(
             templates=world.style_contexts() if concept in world.STYLES else None,
         )  # fmt: skip
     saved = adapter.save_pretrained(folder / "adapter", model=pipe)
-    with _progress("drawing before and after", 2 * len(suite.cases)) as advance:
+    with _progress("drawing before and after", 2 * len(suite.selected([concept]).prompts)) as advance:
         report = bench.evaluate(pipe, adapter, suite, judge, folder / "pictures", on_picture=advance)
     page = report.save(folder)
     table = Table("share of pictures", "value", "95 % interval", "n", box=None, pad_edge=False)

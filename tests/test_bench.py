@@ -11,7 +11,7 @@ from PIL import Image
 from diffusers_erase import bench, erase, load_erasure
 from diffusers_erase.bench import images
 from diffusers_erase.bench.metrics import Estimate, share_kept
-from diffusers_erase.bench.suites import CONCEPT, NEIGHBOUR, UNRELATED, Suite, cases
+from diffusers_erase.bench.suites import Prompt, Settings, Suite
 from diffusers_erase.errors import EraseError
 
 
@@ -38,13 +38,13 @@ class ByColour:
     """A judge of the real interface: names a picture by its brightness, so it needs no training."""
 
     def objects(self, pictures):
-        return ["cat" if self._mean(p) > self.threshold else "dog" for p in pictures]
+        return [self.answer if self._mean(p) > self.threshold else "dog" for p in pictures]
 
     def styles(self, pictures):
         return ["photo"] * len(pictures)
 
-    def __init__(self, threshold):
-        self.threshold = threshold
+    def __init__(self, threshold, answer="cat"):
+        self.threshold, self.answer = threshold, answer
 
     def _mean(self, picture):
         return sum(picture.convert("L").histogram()[i] * i for i in range(256)) / (picture.width * picture.height)
@@ -52,16 +52,17 @@ class ByColour:
 
 @pytest.fixture
 def suite():
-    drawn = cases(CONCEPT, [("a photo of a cat", "cat", "photo")], (0, 1))
-    drawn += cases(NEIGHBOUR, [("a photo of a wolf", "cat", "photo")], (0,))
-    drawn += cases(UNRELATED, [("a photo of a boat", "cat", "photo")], (0,))
-    return Suite("tiny", "cat", tuple(drawn), steps=2, guidance=3.0)
+    drawn = [Prompt("a photo of a cat", seed, "cat", "photo") for seed in (0, 1)]
+    drawn += [Prompt("a photo of a wolf", 0, "wolf", "photo"), Prompt("a photo of a boat", 0, "boat", "photo")]
+    return Suite(
+        "tiny", "1", "this test", "Apache-2.0", tuple(drawn), {"cat": {"visual": ("wolf",)}}, Settings(2, 3.0)
+    )
 
 
 def test_pictures_are_drawn_once_and_a_killed_run_goes_on(sd1, suite, tmp_path):
     counted = []
     paths = images.generate(sd1, suite, tmp_path, counted.append)
-    assert sum(counted) == len(suite.cases) == len(set(paths))
+    assert sum(counted) == len(suite.prompts) == len(set(paths))
     first = [p.read_bytes() for p in paths]
     times = [p.stat().st_mtime_ns for p in paths]
     paths[1].unlink()
@@ -87,7 +88,7 @@ def test_evaluate_leaves_the_pipe_as_it_was_and_reports(sd1, suite, tmp_path):
     before = bits(sd1.unet)
     report = bench.evaluate(sd1, erase(sd1, "cat", target="dog"), suite, ByColour(0), tmp_path / "pictures")
     assert same_bits(sd1.unet, before) and not sd1.unet._forward_pre_hooks
-    assert set(report.estimates) == {"concept left", "neighbours kept", "unrelated kept", "styles kept"}
+    assert set(report.estimates) == {"concept left", "other aspect kept in the concept's pictures", "styles kept"}
     assert report.estimates["concept left"].n == 2
     assert any(a.read_bytes() != b.read_bytes() for a, b in report.pictures)  # control: something was drawn otherwise
 
@@ -118,19 +119,23 @@ def test_the_page_is_whole_and_self_contained(sd1, suite, tmp_path):
     report = bench.evaluate(sd1, erase(sd1, "cat", target="dog"), suite, ByColour(0), tmp_path / "pictures")
     page = Page()
     page.feed(report.save(tmp_path / "out").read_text())
-    assert len(page.pictures) == 2 * len(suite.cases) and all(
+    assert len(page.pictures) == 2 * len(suite.prompts) and all(
         p.startswith("data:image/png;base64,") for p in page.pictures
     )
     assert not page.linked and "$" not in "".join(page.text)
     data = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert data["estimates"]["concept left"]["n"] == 2 and len(data["cases"]) == len(suite.cases)
+    assert data["estimates"]["concept left"]["n"] == 2 and len(data["cases"]) == len(suite.prompts)
 
 
 def test_the_worst_pairs_come_first(suite, tmp_path):
-    judged = bench.Judged(("cat",) * 4, ("photo",) * 4), bench.Judged(("dog", "cat", "cat", "dog"), ("photo",) * 4)
+    judged = (
+        bench.Judged(("cat", "cat", "wolf", "boat"), ("photo",) * 4),
+        bench.Judged(("dog", "cat", "wolf", "dog"), ("photo",) * 4),
+    )
     picture = tmp_path / "p.png"
     Image.new("RGB", (4, 4)).save(picture)
-    report = bench.Report(suite, *judged, ((picture, picture),) * 4, {})
-    section = report._section(CONCEPT)
+    report = bench.Report(suite, ("cat",), *judged, ((picture, picture),) * 4, {})
+    section = report._section(report._shown()[0])
     assert section.index('class="bad"') < section.index('class="good"')
     assert report.estimates["concept left"].value == 0.5 and report.estimates["unrelated kept"].value == 0
+    assert report.estimates["neighbours kept"].value == 1

@@ -11,9 +11,11 @@ from ..errors import EraseError
 from . import images
 from .metrics import Estimate, share_kept
 from .report import Judged, Report
-from .suites import Case, Suite
+from .suites import Part, Prompt, Settings, Suite, load_suite
 
-__all__ = ["Case", "Estimate", "Judge", "Judged", "Report", "Suite", "evaluate", "share_kept"]
+__all__ = [
+    "Estimate", "Judge", "Judged", "Part", "Prompt", "Report", "Settings", "Suite", "evaluate", "load_suite", "share_kept",
+]  # fmt: skip
 
 
 class Judge(Protocol):
@@ -41,6 +43,7 @@ def evaluate(
             "the pipe carries erasures already: unload_erasure(pipe) first, so that before means unedited"
         )
     start = time.monotonic()
+    suite = suite.selected(adapter.concepts)
     before = images.generate(pipe, suite, folder, on_picture)
     load_erasure(pipe, adapter)
     try:
@@ -55,11 +58,11 @@ def evaluate(
         "sent to": " + ".join(recipe.targets) or "the empty prompt",
         "method": f"{recipe.method}, tokens {recipe.tokens}, residual {recipe.residual:g}" + _gate(adapter),
         "adapter": f"{adapter.size:,} bytes of rows",
-        "drawn with": f"{suite.steps} steps, guidance {suite.guidance:g}, {len(suite.cases)} pairs",
+        "drawn with": f"{suite.settings.steps} steps, guidance {suite.settings.guidance:g}, {len(suite.prompts)} pairs",
         "seconds": f"{time.monotonic() - start:.0f}",
         "digest": adapter.digest[:24],
     }
-    return Report(suite, seen_before, seen_after, tuple(zip(before, after, strict=True)), facts)
+    return Report(suite, adapter.concepts, seen_before, seen_after, tuple(zip(before, after, strict=True)), facts)
 
 
 def _gate(adapter: ErasureAdapter) -> str:

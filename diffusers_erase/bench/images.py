@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ BATCH = 16
 def generate(
     pipe: Any, suite: Suite, folder: str | Path, on_picture: Callable[[int], Any] = lambda n: None
 ) -> list[Path]:
-    """Every picture of `suite` as `pipe` draws it now, in the order of its cases; those that exist are not drawn again.
+    """Every picture of `suite` as `pipe` draws it now, in the order of its prompts; those that exist are not drawn again.
 
     Args:
         folder: a cache that runs may share; files appear whole or not at all.
@@ -34,7 +35,7 @@ def generate(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = model_digest(pipe)
-    paths = [folder / f"{_name(suite, i, model)}.png" for i in range(len(suite.cases))]
+    paths = [folder / f"{_name(suite, i, model)}.png" for i in range(len(suite.prompts))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     on_picture(len(paths) - len(missing))
     for start in range(0, len(missing), BATCH):
@@ -79,15 +80,22 @@ def model_digest(pipe: Any) -> str:
 
 
 def _draw(pipe: Any, suite: Suite, indices: Sequence[int]) -> list[Image.Image]:
-    cases = [suite.cases[i] for i in indices]
-    generators = [torch.Generator("cpu").manual_seed(case.seed) for case in cases]
-    prompts = [case.prompt for case in cases]
-    return pipe(prompts, num_inference_steps=suite.steps, guidance_scale=suite.guidance, generator=generators).images
+    prompts, settings = [suite.prompts[i] for i in indices], suite.settings
+    given = {name: getattr(settings, name) for name in ("height", "width") if getattr(settings, name) is not None}
+    if settings.negative_prompt is not None:
+        given["negative_prompt"] = [settings.negative_prompt] * len(prompts)
+    return pipe(
+        [prompt.text for prompt in prompts],
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts],
+        **given,
+    ).images
 
 
 def _name(suite: Suite, index: int, model: str) -> str:
-    case = suite.cases[index]
-    told = [case.prompt, case.seed, suite.steps, suite.guidance, model]
+    prompt = suite.prompts[index]
+    told = [prompt.text, prompt.seed, asdict(suite.settings), model]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
 

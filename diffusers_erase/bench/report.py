@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from .metrics import Estimate, share_kept
-from .suites import CONCEPT, NEIGHBOUR, PARAPHRASE, ROLES, UNRELATED, Suite
+from .suites import EFFICACY, GENERALITY, PARTS, SHOWS, UNRELATED, Part, Suite
 
 
 @dataclass(frozen=True)
@@ -24,35 +24,21 @@ class Judged:
 
 @dataclass(frozen=True)
 class Report:
-    """An erasure before and after, case by case, and the estimates that follow."""
+    """An erasure before and after, picture by picture, and the estimates that follow."""
 
     suite: Suite
+    concepts: tuple[str, ...]
     before: Judged
     after: Judged
     pictures: tuple[tuple[Path, Path], ...]
-    """(before, after) of every case."""
+    """(before, after) of every prompt."""
     facts: dict[str, str]
     """What else a reader should know: adapter, size, settings, seconds."""
 
     @property
-    def erases_style(self) -> bool:
-        """Whether the concept is a style rather than an object."""
-        return all(self.suite.cases[i].style == self.suite.concept for i in self.suite.role(CONCEPT))
-
-    @property
     def estimates(self) -> dict[str, Estimate]:
-        """Shares by name. Of the concept's own pictures what is *left* counts, of all others what is *kept*."""
-        concept = self._styles if self.erases_style else self._objects
-        others = self.suite.role(NEIGHBOUR) + self.suite.role(UNRELATED)
-        found = {
-            "concept left": concept(self.suite.role(CONCEPT)),
-            "paraphrases left": concept(self.suite.role(PARAPHRASE)),
-            "neighbours kept": self._objects(self.suite.role(NEIGHBOUR)),
-            "unrelated kept": self._objects(self.suite.role(UNRELATED)),
-            "styles kept": self._styles(others),
-        }
-        if self.erases_style:
-            found["objects kept in the style"] = self._objects(self.suite.role(CONCEPT))
+        """Shares by part. Of the concept's own pictures what is *left* counts, of all others what is *kept*."""
+        found = {_title(part): self._share(part) for part in self.suite.parts(self.concepts)}
         return {name: estimate for name, estimate in found.items() if estimate.n}
 
     def save(self, folder: str | Path) -> Path:
@@ -69,7 +55,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures' bytes."""
         rows = zip(
-            self.suite.cases,
+            self.suite.prompts,
             self.before.objects,
             self.after.objects,
             self.before.styles,
@@ -77,29 +63,31 @@ class Report:
             strict=True,
         )
         return {
-            "concept": self.suite.concept,
+            "concepts": self.concepts,
             "suite": self.suite.name,
-            "settings": {"steps": self.suite.steps, "guidance": self.suite.guidance},
+            "settings": asdict(self.suite.settings),
             "facts": self.facts,
             "estimates": {name: asdict(e) for name, e in self.estimates.items()},
-            "cases": [asdict(case) | {"object": [b, a], "style": [bs, as_]} for case, b, a, bs, as_ in rows],
+            "cases": [asdict(prompt) | {"object": [b, a], "seen": [bs, as_]} for prompt, b, a, bs, as_ in rows],
         }
 
     def to_html(self) -> str:
         """The page: verdict, table, and all pairs of pictures, the worst first."""
         template = Template((resources.files("diffusers_erase.bench") / "page.html").read_text(encoding="utf-8"))
         return template.substitute(
-            concept=html.escape(self.suite.concept),
+            concept=html.escape(", ".join(self.concepts)),
             verdict=html.escape(self._verdict()),
             rows="\n".join(_table_row(name, estimate) for name, estimate in self.estimates.items()),
             facts="\n".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in self.facts.items()),
-            sections="\n".join(self._section(role) for role in ROLES if self.suite.role(role)),
+            sections="\n".join(self._section(part) for part in self._shown()),
         )
 
     def _verdict(self) -> str:
         found = self.estimates
         parts = (
-            [f"{found['concept left'].value:.0%} of “{self.suite.concept}” is left"] if "concept left" in found else []
+            [f"{found['concept left'].value:.0%} of “{', '.join(self.concepts)}” is left"]
+            if "concept left" in found
+            else []
         )
         parts += [
             f"{found[n].value:.0%} of {n.removesuffix(' kept')} kept"
@@ -108,40 +96,34 @@ class Report:
         ]
         return "; ".join(parts) + "."
 
-    def _objects(self, indices: Sequence[int]) -> Estimate:
-        return share_kept(
-            [self.suite.cases[i].shows for i in indices],
-            _at(self.before.objects, indices),
-            _at(self.after.objects, indices),
+    def _seen(self, aspect: str) -> tuple[Sequence[str], Sequence[str]]:
+        return (
+            (self.before.objects, self.after.objects) if aspect == SHOWS else (self.before.styles, self.after.styles)
         )
 
-    def _styles(self, indices: Sequence[int]) -> Estimate:
-        return share_kept(
-            [self.suite.cases[i].style for i in indices],
-            _at(self.before.styles, indices),
-            _at(self.after.styles, indices),
-        )
+    def _share(self, part: Part) -> Estimate:
+        before, after = self._seen(part.aspect)
+        wanted = [getattr(self.suite.prompts[i], part.aspect) for i in part.indices]
+        return share_kept(wanted, _at(before, part.indices), _at(after, part.indices))
 
-    def _trouble(self, index: int) -> int:
+    def _shown(self) -> list[Part]:
+        return [part for part in self.suite.parts(self.concepts) if not part.name.startswith("across")]
+
+    def _trouble(self, part: Part, index: int) -> int:
         """How bad a pair is for the erasure: 2 a failure of it, 1 nothing to see (wrong before already), 0 as it should be."""
-        case = self.suite.cases[index]
-        seen = (
-            (self.before.styles, self.after.styles)
-            if self.erases_style and case.role == CONCEPT
-            else (self.before.objects, self.after.objects)
-        )
-        wanted = case.style if self.erases_style and case.role == CONCEPT else case.shows
-        if seen[0][index] != wanted:
+        wanted = getattr(self.suite.prompts[index], part.aspect)
+        before, after = self._seen(part.aspect)
+        if before[index] != wanted:
             return 1
-        return 2 if (seen[1][index] == wanted) == (case.role in (CONCEPT, PARAPHRASE)) else 0
+        return 2 if (after[index] == wanted) == part.gone else 0
 
-    def _section(self, role: str) -> str:
-        order = sorted(self.suite.role(role), key=lambda i: -self._trouble(i))
-        figures = "\n".join(self._figure(i) for i in order)
-        return f'<section><h2>{html.escape(ROLES[role])}</h2>\n<div class="grid">\n{figures}\n</div></section>'
+    def _section(self, part: Part) -> str:
+        order = sorted(part.indices, key=lambda i: -self._trouble(part, i))
+        figures = "\n".join(self._figure(part, i) for i in order)
+        return f'<section><h2>{html.escape(PARTS[part.name])}</h2>\n<div class="grid">\n{figures}\n</div></section>'
 
-    def _figure(self, index: int) -> str:
-        case, trouble = self.suite.cases[index], ("good", "void", "bad")[self._trouble(index)]
+    def _figure(self, part: Part, index: int) -> str:
+        prompt, trouble = self.suite.prompts[index], ("good", "void", "bad")[self._trouble(part, index)]
         saw = f"{self.before.objects[index]} → {self.after.objects[index]}"
         if self.before.styles[index] != self.after.styles[index]:
             saw += f" ({self.before.styles[index]} → {self.after.styles[index]})"
@@ -149,8 +131,14 @@ class Report:
             f'<img alt="{when}" src="{_data_uri(path)}">'
             for when, path in zip(("before", "after"), self.pictures[index], strict=True)
         )
-        caption = f"<b>{html.escape(case.prompt)}</b><span>seed {case.seed} · seen: {html.escape(saw)}</span>"
+        caption = f"<b>{html.escape(prompt.text)}</b><span>seed {prompt.seed} · seen: {html.escape(saw)}</span>"
         return f'<figure class="{trouble}">{images}<figcaption>{caption}</figcaption></figure>'
+
+
+def _title(part: Part) -> str:
+    short = {EFFICACY: "concept left", GENERALITY: "paraphrases left", "sensitivity/visual": "neighbours kept"}
+    short |= {UNRELATED: "unrelated kept", "across/inside": "other aspect kept in the concept's pictures"}
+    return short.get(part.name, "styles kept" if part.aspect != SHOWS else "objects kept")
 
 
 def _at(values: Sequence[str], indices: Sequence[int]) -> list[str]:

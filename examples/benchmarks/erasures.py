@@ -45,8 +45,8 @@ def sheet(found: list[bench.Report]) -> Image.Image:
     """A row for each concept: before | after in every style, then an unrelated object in every style."""
     size, rows = 64, []
     for report in found:
-        cases = report.suite.cases
-        first = [i for role in ("concept", "unrelated") for i in report.suite.role(role) if cases[i].seed == 1][:8]
+        parts = {part.name: part.indices for part in report.suite.parts(report.concepts) if part.aspect == "shows"}
+        first = [i for name in ("efficacy", "unrelated") for i in parts[name] if report.suite.prompts[i].seed == 1][:8]
         rows.append([path for i in first for path in report.pictures[i]])
     grid = Image.new("RGB", (16 * size + 7 * 6, len(rows) * (size + 2)), "white")
     for y, row in enumerate(rows):
@@ -74,7 +74,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in settings.items()))
     for report in found:
         shares = (f"{name} {report.estimates[name].value:.0%}" for name in SHARES if name in report.estimates)
-        print(f"  {report.suite.concept}: {', '.join(shares)}")
+        print(f"  {', '.join(report.concepts)}: {', '.join(shares)}")
     print("| " + " | ".join(SHARES) + " |")
     print("| " + " | ".join(str(pooled(found, share)) for share in SHARES) + " |")
     if to_sheet:
