@@ -61,6 +61,8 @@ class ErasureAdapter:
     encoder: Fingerprint
     recipes: tuple[Recipe, ...]
     base_model: str = ""
+    origin: hub.Origin | None = None
+    """What it was read from, a repository's commit included; None for one that was made here. No part of the digest."""
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -84,21 +86,47 @@ class ErasureAdapter:
             model: a pipeline or its UNet; given one, the LoRA twin for it is written too (`pytorch_lora_weights.safetensors`).
         """
         folder = hub.write_adapter(directory, {name: getattr(self.edit, name) for name in TENSORS}, self._head())
-        hub.write_text(folder / "README.md", self.card())
+        hub.write_text(folder / hub.CARD, self.card())
         if model is not None:
             hub.write_tensors(folder / hub.LORA, self.to_lora(model), {"format": "pt"})
         return folder
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "ErasureAdapter":
-        """The adapter in a folder or file, checked: format, shapes, finite values, labels, digest.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "ErasureAdapter":
+        """The adapter in a folder, a file or a repository, checked: format, shapes, finite values, labels, digest.
+
+        Args:
+            source: a folder or file, or else a repository on the Hub: `"user/repo"`, `"user/repo@revision"`.
+            revision, token, subfolder, cache_dir, local_files_only: as everywhere in huggingface_hub. All files come from
+                the one commit that `revision` is now; `origin` of the adapter says which.
 
         Raises:
             EraseError: it is not there, or not what it says it is.
+
+        Example:
+            >>> ErasureAdapter.from_pretrained("user/erase-van-gogh", revision="v1").origin.commit
+            '91c54ad1727ee830252e457677f467be0bfd8a57'
         """
-        tensors, head = hub.read_adapter(source)
+        path, origin = hub.locate(
+            source,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        tensors, head = hub.read_adapter(path)
         try:
-            adapter = cls._from_parts(tensors, head)
+            adapter = replace(cls._from_parts(tensors, head), origin=origin)
             digest = adapter.digest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EraseError):

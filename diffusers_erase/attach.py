@@ -191,7 +191,7 @@ class ErasureStatus:
     """What was requested of a pipeline, and what is in force."""
 
     requested: dict[str, dict[str, Any]]
-    """By adapter name: concepts, digest, strength, active, verified."""
+    """By adapter name: concepts, digest, origin (a repository with its commit), strength, active, verified."""
     in_force: tuple[str, ...]
     mode: str
     """`map`, `fused`, or `none` where nothing is in force."""
@@ -215,7 +215,8 @@ class ErasureStatus:
                 f"{c} (left {self.residuals[c]:.3f})" if c in self.residuals else c for c in entry["concepts"]
             )
             state = "in force" if name in self.in_force else "off"
-            lines.append(f"  {name}: {left}; strength {entry['strength']:g}; {state}; {entry['digest'][:12]}")
+            origin = f" from {entry['origin']}" if entry["origin"] else ""
+            lines.append(f"  {name}: {left}; strength {entry['strength']:g}; {state}; {entry['digest'][:12]}{origin}")
         lines += [f"  preserved by one, erased by another (erased): {name}" for name in self.overruled]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
@@ -230,16 +231,23 @@ def load_erasure(
     strict: bool = True,
     chains: str = "error",
     residual_max: float | None = 0.2,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> None:
     """Attach erasures to `pipe`; everything that is checked is checked before anything changes.
 
     Args:
-        source: a folder, a file, an `ErasureAdapter`, or a list of them.
+        source: a folder, a file, a repository on the Hub (`"user/repo"`, `"user/repo@revision"`), an `ErasureAdapter`, or a list
+            of them.
         adapter_name: name, or one for each source; by default made from the concepts.
         strength: 1 is the adapter's own residual r; w gives the residual 1 − w(1 − r).
         mode: `"map"`, `"fused"`, or `"auto"` (fused if the pipe's erasures are fused already, else map).
         strict: False loads an adapter whose text encoder or effect does not match; the status says so for as long as it is there.
         chains, residual_max: see `compose`.
+        revision, token, subfolder, cache_dir, local_files_only: for every source, see `ErasureAdapter.from_pretrained`.
 
     Raises:
         EraseError: and nothing is attached.
@@ -256,9 +264,13 @@ def load_erasure(
     readers = text_readers(pipe)
     registry = _registry(readers) or Registry()
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
-    adapters = [s if isinstance(s, ErasureAdapter) else ErasureAdapter.from_pretrained(s) for s in sources]
+    where = {"revision": revision, "token": token, "subfolder": subfolder, "cache_dir": cache_dir}
+    where["local_files_only"] = local_files_only
+    adapters = [s if isinstance(s, ErasureAdapter) else ErasureAdapter.from_pretrained(s, **where) for s in sources]
     if not adapters:
-        raise EraseError("no erasure given: expected a folder, a file, an ErasureAdapter, or a list of them")
+        raise EraseError(
+            "no erasure given: expected a folder, a file, a repository, an ErasureAdapter, or a list of them"
+        )
     names = _names(adapters, adapter_name, registry.entries)
     for adapter in adapters:
         _check_width(adapter, readers)
@@ -369,6 +381,7 @@ def erasure_status(pipe: Any) -> ErasureStatus:
             name: {
                 "concepts": entry.adapter.concepts,
                 "digest": entry.adapter.digest,
+                "origin": str(entry.adapter.origin or ""),
                 "strength": entry.strength,
                 "active": entry.active,
                 "verified": entry.verified,

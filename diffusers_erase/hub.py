@@ -1,18 +1,30 @@
-"""Bytes and JSON: adapter folders, pack recipes, the cache. The only file that knows safetensors; it knows no adapter type.
+"""Bytes and JSON, here and on the Hub: adapter folders, pack recipes, the cache. It knows no adapter type.
 
 An adapter folder holds `erasure.safetensors` (tensors, and one metadata key `erasure` with canonical JSON, called the
 *head*) and `erasure_config.json` (the same head, for people and search). The safetensors file alone suffices to load.
+A repository on the Hub is such a folder at one commit. Only this file knows safetensors and huggingface_hub.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +33,7 @@ from .errors import EraseError, MismatchError
 
 WEIGHTS = "erasure.safetensors"
 CONFIG = "erasure_config.json"
+CARD = "README.md"
 LORA = "pytorch_lora_weights.safetensors"
 PACK = "erasure_pack.json"
 """A model folder that holds this file brings its own base pack."""
@@ -28,6 +41,23 @@ PACK = "erasure_pack.json"
 FORMAT = 1
 MAX_BYTES = 512 * 2**20
 """Adapters are kilobytes; a file larger than this is not one."""
+
+REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+"""A repository on the Hub, and perhaps a branch, tag or commit of it: `user/repo`, `user/repo@revision`."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter was read from: a repository at one commit, or a place on this machine."""
+
+    source: str
+    """Repository id, or path."""
+    commit: str | None = None
+    """The commit of the repository; None on this machine."""
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, [self.source, self.subfolder])) + (f"@{self.commit}" if self.commit else "")
 
 
 def canonical(data: Any) -> str:
@@ -64,14 +94,109 @@ def write_text(path: Path, text: str) -> None:
     _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and head of the adapter at `source`, a folder or a safetensors file.
+def locate(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[Path, Origin]:
+    """The adapter file behind `source`, and where exactly it comes from. A folder or file of this name comes before the Hub.
+
+    From a repository its head in JSON and its card are fetched too, all from the one commit that `revision` is now.
 
     Raises:
-        EraseError: nothing there.
+        EraseError: nothing there, or no way to it.
+    """
+    if not isinstance(source, (str, Path)):
+        raise EraseError(
+            f"an erasure is loaded from a folder, a file, a repository or an ErasureAdapter: got {type(source).__name__}"
+        )
+    below = _inside(subfolder)
+    match = REPOSITORY.fullmatch(source) if isinstance(source, str) and not os.path.exists(source) else None
+    if match is None:
+        if revision is not None:
+            raise EraseError(
+                f"revision={revision!r} is of a repository on the Hub, {str(source)!r} is none: leave it out"
+            )
+        return _locate(Path(source), below), Origin(str(source), None, below)
+    repository, named = match["id"], match["revision"]
+    if revision and named and revision != named:
+        raise EraseError(f"{source} names revision {named!r}, the argument {revision!r}: give one of them")
+
+    def fetch(name: str, at: str | None) -> Path:
+        return Path(
+            hf_hub_download(
+                repository,
+                name,
+                subfolder=below or None,
+                revision=at,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
+
+    with plain_errors(repository, revision or named, below):
+        path = fetch(WEIGHTS, revision or named)
+        commit = path.parents[len(PurePosixPath(below).parts)].name  # the cache keeps one folder for each commit
+        for companion in (CONFIG, CARD):
+            with contextlib.suppress(EntryNotFoundError):  # the file alone suffices
+                fetch(companion, commit)
+    return path, Origin(repository, commit, below)
+
+
+@contextlib.contextmanager
+def plain_errors(repository: str, revision: str | None = None, subfolder: str = "") -> Iterator[None]:
+    """Turns what huggingface_hub raises about a repository into an `EraseError` of one line."""
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
+    except EraseError:
+        raise
+    except _HUB_ERRORS as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, GatedRepoError):
+            said = f"{repository} is gated: ask for access on its page and pass token="
+        elif isinstance(error, RepositoryNotFoundError):
+            said = (
+                f"nothing is called {repository!r} here, and the Hub has no such repository or does not show it: check the name, "
+                f"or pass a token= that may read it"
+            )
+        elif isinstance(error, RevisionNotFoundError):
+            said = f"{repository} has no revision {revision!r}: expected a branch, a tag or a commit of it"
+        elif isinstance(error, LocalEntryNotFoundError):
+            said = (
+                f"{repository}{at} is neither here nor in the cache, and the Hub was not reached (offline mode, "
+                f"local_files_only=True, or no connection): fetch it once with a connection"
+            )
+        elif isinstance(error, EntryNotFoundError):
+            said = f"{repository}{at} holds no {f'{subfolder}/' if subfolder else ''}{WEIGHTS}: it is not an erasure, or lacks a subfolder="
+        elif status in (401, 403):
+            said = f"the Hub does not let this token touch {repository} ({first}): pass a token= that may"
+        else:
+            said = f"the exchange with the Hub about {repository}{at} failed ({first}): try again"
+        raise EraseError(said) from error
+
+
+_HUB_ERRORS: tuple[type[BaseException], ...] = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EntryNotFoundError,
+    *HfHubHTTPError.__bases__,  # its HTTP library's own errors: requests in old versions, httpx in new ones
+)
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and head of the adapter file at `path`.
+
+    Raises:
         MismatchError: it is not a whole adapter file of a known format.
     """
-    path = _locate(source)
     if (size := path.stat().st_size) > MAX_BYTES:
         raise MismatchError(f"{path} has {size} bytes, an adapter at most {MAX_BYTES}: this is not an erasure")
     tensors, metadata = read_tensors(path)
@@ -154,16 +279,22 @@ def _source(pipe: Any) -> str:
     return str(getattr(getattr(pipe, "config", None), "_name_or_path", "") or "")
 
 
-def _locate(source: str | Path) -> Path:
-    if not isinstance(source, (str, Path)):
-        raise EraseError(
-            f"an erasure is loaded from a folder, a file or an ErasureAdapter: got {type(source).__name__}"
-        )
-    path = Path(source)
+def _inside(subfolder: str | None) -> str:
+    """A subfolder in one form: it may not lead out of its repository."""
+    place = PurePosixPath(subfolder or "")
+    if place.is_absolute() or ".." in place.parts or {"\\", "\0"} & set(subfolder or ""):
+        raise EraseError(f"a subfolder is a relative path inside its repository, such as 'a/b': got {subfolder!r}")
+    return "/".join(place.parts)
+
+
+def _locate(path: Path, subfolder: str) -> Path:
+    path = path / subfolder
     if path.is_dir():
         path = path / WEIGHTS
     if not path.is_file():
-        raise EraseError(f"no erasure at {path}: expected a folder with {WEIGHTS}, or such a file")
+        raise EraseError(
+            f"no erasure at {path}: expected a folder with {WEIGHTS}, such a file, or a repository's id (user/repo)"
+        )
     return path
 
 
