@@ -169,9 +169,9 @@ def _emoji(what: str, labels: tuple[str, ...], threshold: float, batch: int) -> 
 def ranked(scores: Tensor, labels: Sequence[str]) -> list[Ranking]:
     """The best labels of each row of `scores` `[n, labels]`, in float. A row with NaN stays unranked."""
     values, order = scores.double().topk(min(RANKS, len(labels)), dim=1)
-    rankings: list[Ranking] = [
-        [(labels[i], value) for value, i in zip(*row, strict=True)]
-        for row in zip(values.tolist(), order.tolist(), strict=True)
+    rankings = [
+        [(labels[i], value) for i, value in zip(best, row, strict=True)]
+        for best, row in zip(order.tolist(), values.tolist(), strict=True)
     ]
     return [[] if bad else ranking for bad, ranking in zip(scores.isnan().any(dim=1), rankings, strict=True)]
 
