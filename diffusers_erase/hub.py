@@ -94,6 +94,11 @@ def write_text(path: Path, text: str) -> None:
     _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Any other file, moved into place when complete."""
+    _write(path, lambda temporary: Path(temporary).write_bytes(data))
+
+
 def locate(
     source: str | Path,
     *,

@@ -1,26 +1,29 @@
-"""Pictures by plan: same prompt, same seed, before and after; drawn once, cached, resumed after a kill.
+"""Pictures by plan: same prompt, same seed, before and after; drawn once, cached, resumed after a kill at any point.
 
-A picture's file name is the hash of all that decides it: prompt, seed, settings, model, and the erasures in force. Whoever
-asks for the same picture again, in this run or another, finds it.
+A picture's file name is the hash of all that decides it: prompt, seed, settings, model, the erasures in force, and how many
+are drawn together. Whoever asks for the same picture again, in this run or another, finds it; so the unedited model's
+pictures serve every adapter. A file appears whole or not at all.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from .. import hub
 from ..attach import erasure_status
+from ..errors import EraseError, MismatchError
 from ..sites import unwrapped
 from ..text import Encoder
-from .suites import Suite
+from .plan import BATCH, Plan, Shard
+from .suites import Prompt, Settings, Suite
 
-BATCH = 16
+WHOLE = Shard()
 
 
 def generate(
@@ -29,21 +32,68 @@ def generate(
     """Every picture of `suite` as `pipe` draws it now, in the order of its prompts; those that exist are not drawn again.
 
     Args:
-        folder: a cache that runs may share; files appear whole or not at all.
+        folder: a cache that runs may share.
         on_picture: called with the number of pictures that were found or drawn, for progress.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = model_digest(pipe)
-    paths = [folder / f"{_name(suite, i, model)}.png" for i in range(len(suite.prompts))]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    on_picture(len(paths) - len(missing))
-    for start in range(0, len(missing), BATCH):
-        batch = missing[start : start + BATCH]
-        for i, image in zip(batch, _draw(pipe, suite, batch), strict=True):
-            _save(image, paths[i])
+    plan = plan_for(pipe, suite.prompts, suite.settings)
+    draw(pipe, plan, folder, on_picture=on_picture)
+    return paths(plan, folder)
+
+
+def plan_for(pipe: Any, prompts: Iterable[Prompt], settings: Settings, batch: int = BATCH) -> Plan:
+    """The plan of a picture for each prompt and its seed, drawn by `pipe` with the erasures that are in force on it now.
+
+    Args:
+        batch: pictures that are drawn together.
+
+    Example:
+        >>> plan = plan_for(pipe, [Prompt("a cat", 0), Prompt("a dog", 0)], Settings(steps=20, guidance=7.5))
+        >>> draw(pipe, plan, "pictures")
+        >>> before = paths(plan, "pictures")
+    """
+    asked = tuple((prompt.text, prompt.seed) for prompt in prompts)
+    return Plan(model_digest(pipe), _in_force(pipe), settings, asked, batch)
+
+
+def draw(
+    pipe: Any,
+    plan: Plan,
+    folder: str | Path,
+    shard: Shard = WHOLE,
+    on_picture: Callable[[int], Any] = lambda n: None,
+) -> None:
+    """Draw what `folder` lacks of this shard's batches; the plan is written there first.
+
+    A batch that a kill left half saved is drawn again whole, so that its pictures have the same bits as ever.
+
+    Raises:
+        MismatchError: `pipe` is not what the plan was made for, so its pictures would have the wrong names.
+    """
+    if (plan.model, plan.erasures) != (model_digest(pipe), _in_force(pipe)):
+        raise MismatchError(
+            "this plan was made for another model, or for other erasures than are in force: plan again with this pipeline"
+        )
+    plan.save(folder)
+    files = _files(plan, folder)
+    for batch in shard.of(plan.batches):
+        missing = [i for i in batch if not files[i].is_file()]
+        if missing:
+            for i, image in zip(batch, _drawn(pipe, plan, batch), strict=True):
+                if i in missing:
+                    _save(image, files[i])
         on_picture(len(batch))
-    return paths
+
+
+def paths(plan: Plan, folder: str | Path) -> list[Path]:
+    """The picture's file for each of the plan's prompts, in their order, drawn or not."""
+    files = _files(plan, folder)
+    return [files[i] for i in plan.places]
+
+
+def undrawn(plan: Plan, folder: str | Path, shard: Shard = WHOLE) -> int:
+    """How many pictures of this shard will have to be drawn: all of each batch that is not whole."""
+    files = _files(plan, folder)
+    return sum(len(b) for b in shard.of(plan.batches) if not all(files[i].is_file() for i in b))
 
 
 def read(paths: Sequence[Path]) -> list[Image.Image]:
@@ -57,49 +107,72 @@ def read(paths: Sequence[Path]) -> list[Image.Image]:
 
 @torch.no_grad()
 def model_digest(pipe: Any) -> str:
-    """Digest of what draws: the text encoder's answers, the UNet's and VAE's weights, the scheduler, and the erasures in force.
+    """Digest of what draws: every component's weights, to the bit, its configuration, and the tokens of the text side.
 
-    Of each weight count its shape, sum and sum of squares: quick on large models, and different when anything was tuned.
+    The same on every machine and device. It cannot see what lies in no weight and no configuration, such as a changed
+    attention processor.
     """
+    told: list[Any] = [type(pipe).__name__, Encoder(pipe).fingerprint().tokenizer]
+    for name, part in sorted(pipe.components.items()):
+        if config := getattr(unwrapped(part), "config", None):
+            told.append([name, type(unwrapped(part)).__name__, _settled(config)])
+        if isinstance(part, nn.Module):
+            told += [[name, path, *facts] for path, *facts in _weights(unwrapped(part))]
+    return hub.digest(told)
+
+
+def _in_force(pipe: Any) -> tuple[tuple[str, float], ...]:
+    """(digest, strength) of every erasure in force."""
     status = erasure_status(pipe)
-    told: list[Any] = [
-        Encoder(pipe).states_digest(),
-        type(pipe.scheduler).__name__,
-        json.dumps(dict(pipe.scheduler.config), default=str),
-    ]
-    for module in (unwrapped(pipe.unet), pipe.vae):
-        for name, weight in module.state_dict().items():
-            told.append(
-                [name, list(weight.shape), float(weight.double().sum()), float(weight.double().square().sum())]
+    asked = (status.requested[name] for name in status.in_force)
+    return tuple(sorted((entry["digest"], float(entry["strength"])) for entry in asked))
+
+
+def _settled(config: Any) -> str:
+    """A component's configuration without what changes from machine to machine: where it was loaded from, and by which version."""
+    data = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    skip = ("transformers_version", "torch_dtype", "dtype")
+    return hub.canonical({k: str(v) for k, v in data.items() if not k.startswith("_") and k not in skip})
+
+
+def _weights(module: nn.Module) -> Iterator[list[Any]]:
+    """Path, shape, dtype and sha256 of each weight; of LoRA layers also which adapters act, and how strongly."""
+    for path, weight in module.state_dict(keep_vars=True).items():
+        if not isinstance(weight, Tensor):
+            yield [path, str(weight)]
+            continue
+        if weight.is_meta:
+            raise EraseError(
+                f"{path} is not in memory (sequential offloading): evaluate with enable_model_cpu_offload() instead"
             )
-    told.append(
-        [[n, status.requested[n]["digest"], status.requested[n]["strength"]] for n in sorted(status.in_force)]
-        + [status.mode]
-    )
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        yield [path, list(weight.shape), str(weight.dtype), _sha256(weight)]
+    for path, layer in module.named_modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "scaling"):
+            yield [path, str(layer.active_adapters), str(layer.scaling), str(layer.merged)]
 
 
-def _draw(pipe: Any, suite: Suite, indices: Sequence[int]) -> list[Image.Image]:
-    prompts, settings = [suite.prompts[i] for i in indices], suite.settings
-    given = {name: getattr(settings, name) for name in ("height", "width") if getattr(settings, name) is not None}
-    if settings.negative_prompt is not None:
-        given["negative_prompt"] = [settings.negative_prompt] * len(prompts)
-    return pipe(
-        [prompt.text for prompt in prompts],
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts],
-        **given,
-    ).images
+def _sha256(weight: Tensor) -> str:
+    if hasattr(weight, "__tensor_flatten__"):  # a quantised weight that wraps plain tensors
+        return hub.digest([_sha256(getattr(weight, name)) for name in weight.__tensor_flatten__()[0]])  # type: ignore[operator]
+    plain = weight.detach().as_subclass(Tensor).cpu().contiguous().reshape(-1)
+    return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
 
 
-def _name(suite: Suite, index: int, model: str) -> str:
-    prompt = suite.prompts[index]
-    told = [prompt.text, prompt.seed, asdict(suite.settings), model]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+def _drawn(pipe: Any, plan: Plan, batch: Sequence[int]) -> list[Image.Image]:
+    """One call of the pipeline; each picture has its own generator, on the CPU, so that its noise is the same everywhere."""
+    prompts = [plan.items[i][0] for i in batch]
+    generators = [torch.Generator("cpu").manual_seed(plan.items[i][1]) for i in batch]
+    keywords = plan.keywords
+    if isinstance(negative := keywords.get("negative_prompt"), str):
+        keywords["negative_prompt"] = [negative] * len(prompts)
+    return pipe(prompts, generator=generators, **keywords).images
+
+
+def _files(plan: Plan, folder: str | Path) -> list[Path]:
+    return [Path(folder) / f"{name}.png" for name in plan.names]
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    hub.write_bytes(path, data.getvalue())
