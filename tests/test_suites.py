@@ -1,11 +1,14 @@
 """Suites: every prompt plays one part, groups stand for their members, files say what they hold, unknown concepts are refused."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusers_erase import world
 from diffusers_erase.bench.suites import (
     ALWAYS,
     NEAR,
@@ -20,6 +23,8 @@ from diffusers_erase.bench.suites import (
     shipped,
 )
 from diffusers_erase.errors import EraseError
+
+ROOT = Path(__file__).parents[1]
 
 RELATIONS = {
     "cat": {"visual": ("fox",), "pair": ("dog", "fox"), "superset": ("animal",)},
@@ -101,6 +106,7 @@ def test_only_what_an_erasure_needs_is_drawn():
     assert drawn("dog") == ["a dog"] and drawn("boat") == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["cat", "fox", "dog", "animal", "ink", "noto"]), min_size=1, unique=True))
 def test_every_labelled_prompt_plays_one_part_for_each_aspect(concepts):
     whole = suite()
@@ -151,6 +157,36 @@ def test_a_name_that_is_no_suite_lists_those_that_are(tmp_path):
     (tmp_path / "words.json").write_text("not json")
     with pytest.raises(EraseError, match="is no suite"):
         load_suite(tmp_path / "words.json")
+
+
+@pytest.fixture(scope="module")
+def build():
+    """examples/suites/build.py, which writes the shipped files."""
+    spec = importlib.util.spec_from_file_location("build", ROOT / "examples" / "suites" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_suites_are_what_is_built(name, build):
+    built = next(make() for make in build.SUITES if make.__name__.replace("_", "-") == name)
+    shipped_text = (ROOT / "diffusers_erase" / "bench" / "data" / "suites" / f"{name}.json").read_text("utf-8")
+    assert build.written(built) == shipped_text, "run: python examples/suites/build.py"
+
+
+def test_every_object_of_the_embedded_model_can_be_judged_in_every_dimension():
+    whole, mini = load_suite("emoji"), load_suite("emoji-mini")
+    for o in world.OBJECTS:
+        parts = {part.name: part.indices for part in whole.parts([o]) if part.aspect == SHOWS}
+        assert (
+            len(parts["efficacy"]) >= 32 and len(parts["sensitivity/visual"]) >= 50 and len(parts["unrelated"]) >= 300
+        )
+        assert len(mini.selected([o]).prompts) <= 350
+    assert len(whole.prompts) >= 1000
+    for relation in ("visual", "superset", "pair"):
+        assert sum(relation in whole.relations[o] for o in world.OBJECTS) > len(world.OBJECTS) / 2, relation
+    assert whole.relations["noto"] == {"style": ("fluent",)}
 
 
 @pytest.mark.parametrize("name", shipped())

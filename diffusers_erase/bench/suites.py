@@ -160,7 +160,7 @@ class Suite:
 
         def wanted(prompt: Prompt) -> bool:
             names = drawn[prompt.scope]
-            return names is None or prompt.shows in names or prompt.style in names
+            return names is None or prompt.shows in names
 
         return replace(self, prompts=tuple(prompt for prompt in self.prompts if wanted(prompt)))
 
