@@ -7,7 +7,9 @@ pictures serve every adapter. A file appears whole or not at all.
 
 import hashlib
 import io
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,8 @@ from ..attach import erasure_status
 from ..errors import EraseError, MismatchError
 from ..sites import unwrapped
 from ..text import Encoder
-from .plan import BATCH, Plan, Shard
+from .plan import BATCH, WHOLE, Plan, Shard
 from .suites import Prompt, Settings, Suite
-
-WHOLE = Shard()
 
 
 def generate(
@@ -94,6 +94,20 @@ def undrawn(plan: Plan, folder: str | Path, shard: Shard = WHOLE) -> int:
     """How many pictures of this shard will have to be drawn: all of each batch that is not whole."""
     files = _files(plan, folder)
     return sum(len(b) for b in shard.of(plan.batches) if not all(files[i].is_file() for i in b))
+
+
+def pace(pipe: Any, plan: Plan) -> float:
+    """Seconds that a picture of the plan takes, told by the first batch at one step and at three; nothing is saved."""
+    batch = plan.batches[0]
+
+    def seconds(steps: int) -> float:
+        start = time.perf_counter()
+        _drawn(pipe, replace(plan, settings=replace(plan.settings, steps=steps)), batch)
+        return time.perf_counter() - start
+
+    seconds(1)  # what happens only once, such as compiling, is no part of the pace
+    one, three = seconds(1), seconds(3)
+    return (one + max(0.0, three - one) / 2 * (plan.settings.steps - 1)) / len(batch)
 
 
 def read(paths: Sequence[Path]) -> list[Image.Image]:

@@ -59,6 +59,10 @@ class Shard(NamedTuple):
         return f"{self.index + 1}/{self.count}"
 
 
+WHOLE = Shard()
+"""One worker does everything."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One picture for each prompt and seed, as one model draws it under some erasures.
