@@ -1,21 +1,22 @@
 """The artefact: an erasure as a frozen value that is saved, loaded, composed and exported.
 
-An adapter is an `Edit` and its provenance. It holds no pipeline and no solution; the same rows have three forms, the map on
-text states, edited weights, and a LoRA.
+An adapter is an `Edit` for each space of text states, and its provenance. It holds no pipeline and no solution; the same rows
+have three forms, the map on text states, edited weights, and a LoRA.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import edits, hub
 from .edits import Edit, Label
 from .errors import EraseError, MismatchError
-from .sites import ATTRIBUTE, sites, text_readers, unwrapped
+from .sites import ATTRIBUTE, TEXT, sites, text_readers, unwrapped, widths
 from .text import Fingerprint
 from .version import __version__
 
@@ -57,12 +58,22 @@ class ErasureAdapter:
         >>> pipe.load_erasure("erase-van-gogh")
     """
 
-    edit: Edit
+    edits: Mapping[str, Edit]
+    """By space: `text`, and `pooled` for a family that has it. Never changed after construction."""
     encoder: Fingerprint
     recipes: tuple[Recipe, ...]
     base_model: str = ""
     origin: hub.Origin | None = None
     """What it was read from, a repository's commit included; None for one that was made here. No part of the digest."""
+
+    def __post_init__(self):
+        if TEXT not in self.edits:
+            raise EraseError(f"an adapter edits the text states: got edits of {', '.join(self.edits) or 'nothing'}")
+
+    @property
+    def edit(self) -> Edit:
+        """The edit of the text states, one for each token."""
+        return self.edits[TEXT]
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -72,12 +83,13 @@ class ErasureAdapter:
     @property
     def digest(self) -> str:
         """sha256 over rows, labels, pack and recipes: two adapters with one digest do the same."""
-        return hub.digest([self.edit.digest, [asdict(recipe) for recipe in self.recipes], asdict(self.encoder)])
+        more = [[space, edit.digest] for space, edit in sorted(self.edits.items()) if space != TEXT]
+        return hub.digest([self.edit.digest, [asdict(r) for r in self.recipes], self.encoder.to_json(), *more])
 
     @property
     def size(self) -> int:
         """Bytes of the rows."""
-        return sum(getattr(self.edit, name).nbytes for name in TENSORS)
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def save_pretrained(self, directory: str | Path, *, model: Any = None) -> Path:
         """Write the adapter folder: `erasure.safetensors`, `erasure_config.json`, `README.md`.
@@ -85,7 +97,7 @@ class ErasureAdapter:
         Args:
             model: a pipeline or its UNet; given one, the LoRA twin for it is written too (`pytorch_lora_weights.safetensors`).
         """
-        folder = hub.write_adapter(directory, {name: getattr(self.edit, name) for name in TENSORS}, self._head())
+        folder = hub.write_adapter(directory, self._tensors(), self._head())
         hub.write_text(folder / hub.CARD, self.card())
         if model is not None:
             hub.write_tensors(folder / hub.LORA, self.to_lora(model), {"format": "pt"})
@@ -188,33 +200,41 @@ class ErasureAdapter:
         )
 
     def _factors(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """(A `[r, d]`, W Dᵀ `[o, r]`) of every site, float32, contiguous."""
-        reader = text_readers(model)["unet"] if hasattr(model, "unet") else model
+        """(A `[r, in]`, W Dᵀ `[o, r]`) of every site of every space, float32, contiguous; one rank r, that of the largest space."""
+        reader = next(iter(text_readers(model).values())) if not isinstance(model, nn.Module) else model
         attachment = getattr(unwrapped(reader), ATTRIBUTE, None)
         if attachment is not None and attachment.kept:
             raise EraseError(
                 "an erasure is fused into this model, a twin is made for the original weights: call unfuse_erasure() first"
             )
-        moving = self.edit.moving
-        A, D = self.edit.detectors()[moving], self.edit.offsets.double()[moving]
-        layers = {path: linear.weight for path, linear in sites(reader).items() if not path.endswith("to_kv")}
-        if any(weight.shape[1] != self.edit.width for weight in layers.values()):
+        read = widths(reader)
+        if odd := [space for space, edit in self.edits.items() if read.get(space) != edit.width]:
             raise MismatchError(
-                f"the adapter edits text states of width {self.edit.width}; this model reads another width"
+                f"the adapter edits {odd[0]} states of width {self.edits[odd[0]].width}; this model reads another width"
             )
+        rank = max(int(edit.moving.sum()) for edit in self.edits.values())
         return {
-            path: (A.float().clone(), (weight.detach().cpu().double() @ D.mT).float().contiguous())
-            for path, weight in layers.items()
+            path: _pair(linear.weight, edit, rank)
+            for space, edit in self.edits.items()
+            for path, linear in sites(reader, space).items()
+            if not path.endswith("to_kv")
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a file holds: the rows of the text space under their names, those of another with the space before them."""
+        return {
+            name if space == TEXT else f"{space}.{name}": getattr(edit, name)
+            for space, edit in self.edits.items()
+            for name in TENSORS
         }
 
     def _head(self) -> dict[str, Any]:
+        more = {space: _describe(edit) for space, edit in self.edits.items() if space != TEXT}
         return {
             "kind": "rows",
-            "rows": len(self.edit.labels),
-            "width": self.edit.width,
-            "labels": self.edit.labels,
-            "pack": [self.edit.pack, self.edit.pack_digest],
-            "encoder": asdict(self.encoder),
+            **_describe(self.edit),
+            **({"spaces": more} if more else {}),
+            "encoder": self.encoder.to_json(),
             "recipes": [asdict(recipe) for recipe in self.recipes],
             "base_model": self.base_model,
             "digest": self.digest,
@@ -227,23 +247,20 @@ class ErasureAdapter:
             raise MismatchError(
                 f"this file holds {head['kind']!r}, this version reads 'rows': install a newer diffusers-erase"
             )
-        if set(tensors) != set(TENSORS):
-            odd = sorted(set(tensors) ^ set(TENSORS))[0]
+        described = {TEXT: head} | dict(head.get("spaces", {}))
+        names = {space: [n if space == TEXT else f"{space}.{n}" for n in TENSORS] for space in described}
+        expected = [name for each in names.values() for name in each]
+        if set(tensors) != set(expected):
+            odd = sorted(set(tensors) ^ set(expected))[0]
             raise MismatchError(
-                f"the file's tensors are not those of an erasure ({odd!r} is missing or foreign): expected {', '.join(TENSORS)}"
+                f"the file's tensors are not those of an erasure ({odd!r} is missing or foreign): expected {', '.join(expected)}"
             )
-        k, d = head["rows"], head["width"]
-        for name, tensor in tensors.items():
-            expected = (k,) if name == "strengths" else (k, d)
-            if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-                raise MismatchError(
-                    f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the head promises {expected} float32: the file is damaged"
-                )
-        encoder = Fingerprint(**(head["encoder"] | {"states": tuple(head["encoder"]["states"])}))
-        pack, pack_digest = head["pack"]
-        labels = tuple(Label.from_json(entry) for entry in head["labels"])
-        edit = Edit(labels=labels, pack=pack, pack_digest=pack_digest, **tensors)
-        return cls(edit, encoder, tuple(Recipe.from_json(r) for r in head["recipes"]), head["base_model"])
+        return cls(
+            edits={space: _edit(part, [tensors[n] for n in names[space]]) for space, part in described.items()},
+            encoder=Fingerprint.from_json(head["encoder"]),
+            recipes=tuple(Recipe.from_json(r) for r in head["recipes"]),
+            base_model=head["base_model"],
+        )
 
 
 def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: float | None = 0.2) -> ErasureAdapter:
@@ -258,22 +275,56 @@ def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: floa
     encoders = sorted({a.encoder for a in adapters}, key=lambda e: e.states)
     for other in encoders[1:]:
         encoders[0].check(other)
-    edit = edits.compose(*(a.edit for a in adapters), chains=chains, residual_max=residual_max)
+    union = edits.compose_spaces([a.edits for a in adapters], chains=chains, residual_max=residual_max)
     joined = [
-        r if _same_rows(a.edit, edit, r.concept) else replace(r, effect=None) for a in adapters for r in a.recipes
+        r if _same_rows(a.edits, union, r.concept) else replace(r, effect=None) for a in adapters for r in a.recipes
     ]
     recipes = {hub.canonical(asdict(r)): r for r in joined}
     return ErasureAdapter(
-        edit=edit,
+        edits=union,
         encoder=encoders[0],
         recipes=tuple(recipes[key] for key in sorted(recipes)),
         base_model=min(a.base_model for a in adapters),
     )
 
 
-def _same_rows(one: Edit, other: Edit, concept: str) -> bool:
-    """Whether a concept is erased by the same rows in two edits."""
-    return one.only(concept).digest == other.only(concept).digest
+def _same_rows(one: Mapping[str, Edit], other: Mapping[str, Edit], concept: str) -> bool:
+    """Whether a concept is erased by the same rows in two adapters."""
+    return all(
+        space in one and one[space].only(concept).digest == edit.only(concept).digest for space, edit in other.items()
+    )
+
+
+def _describe(edit: Edit) -> dict[str, Any]:
+    """What the head says of the rows of one space."""
+    facts = {"rows": len(edit.labels), "width": edit.width, "labels": edit.labels}
+    return facts | {"pack": [edit.pack, edit.pack_digest]}
+
+
+def _edit(described: dict[str, Any], tensors: list[Tensor]) -> Edit:
+    """The edit of one space, from what the head says of it and its tensors in the order of TENSORS."""
+    k, d = described["rows"], described["width"]
+    rows = dict(zip(TENSORS, tensors, strict=True))
+    for name, tensor in rows.items():
+        expected = (k,) if name == "strengths" else (k, d)
+        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+            raise MismatchError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the head promises {expected} float32: the file is damaged"
+            )
+    pack, pack_digest = described["pack"]
+    labels = tuple(Label.from_json(entry) for entry in described["labels"])
+    return Edit(labels=labels, pack=pack, pack_digest=pack_digest, **rows)
+
+
+def _pair(weight: Tensor, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
+    """(A, W Dᵀ) for one layer; zero where the layer reads more than the states, and in rows beyond the edit's own."""
+    moving = edit.moving
+    W = weight.detach().cpu().double()
+    r, d = int(moving.sum()), edit.width
+    A, B = W.new_zeros(rank, W.shape[1]), W.new_zeros(len(W), rank)
+    A[:r, :d] = edit.detectors()[moving]
+    B[:, :r] = W[:, :d] @ edit.offsets.double()[moving].mT
+    return A.float(), B.float()
 
 
 def _effect(recipe: Recipe) -> str:

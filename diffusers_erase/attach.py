@@ -12,7 +12,7 @@ import functools
 import hashlib
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,13 +27,16 @@ from .edits import Edit, Gate
 from .errors import EraseError, MismatchError
 from .sites import (
     ATTRIBUTE,
+    TEXT,
     check_fusable,
+    family_of,
     feeds_controlnet,
     fused_pairs,
+    reads_images,
     sites,
     text_readers,
-    text_width,
     unwrapped,
+    widths,
     with_text,
 )
 from .solve import edited_weight
@@ -108,9 +111,10 @@ class Registry:
     enabled: bool = True
     fused: bool = False
     rules: Rules = Rules()
-    edit: Edit | None = None
-    """What acts now; `map` is its map form, absent while fused."""
-    map: EmbeddingMap | None = None
+    edits: dict[str, Edit] = field(default_factory=dict)
+    """What acts now, by space of text states; empty where nothing does."""
+    maps: dict[str, EmbeddingMap] = field(default_factory=dict)
+    """Its map form, empty while fused."""
     modules: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     """Every module it is attached to, through whichever pipeline: all of them follow each change."""
     names: set[str] = field(default_factory=set)
@@ -143,6 +147,7 @@ class Attachment:
     def __init__(self, registry: Registry, module: nn.Module, name: str):
         self.module = module
         self.name = name
+        self.spaces = family_of(module).spaces
         self.kept: dict[nn.Linear, Kept] = {}
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
         self.join(registry)
@@ -159,14 +164,14 @@ class Attachment:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         registry = self.registry
-        if registry.edit is None:
+        if not registry.edits:
             return None
         if feeds_controlnet(kwargs) and not any(name.startswith("controlnet") for name in registry.names):
             raise EraseError(
                 "a ControlNet feeds this UNet and reads the prompt without the erasure: call enable_erasure on the pipeline "
                 "that has the ControlNet, so that it is attached there too"
             )
-        return None if registry.map is None else with_text(args, kwargs, registry.map)
+        return with_text(self.spaces, args, kwargs, registry.maps) if registry.maps else None
 
 
 class SaveGuard:
@@ -178,7 +183,7 @@ class SaveGuard:
         functools.update_wrapper(self, type(module).save_pretrained)  # a pipeline asks which arguments it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.attachment.registry.map is not None:
+        if self.attachment.registry.maps:
             raise EraseError(
                 "save_pretrained would write the model without its erasure: call fuse_erasure() first to save an erased model, "
                 "save_erasure(folder) to save the adapter, or unload_erasure() to save the plain model"
@@ -373,8 +378,7 @@ def erasure_status(pipe: Any) -> ErasureStatus:
     """What was requested of `pipe` and what is in force, without changing anything."""
     readers = text_readers(pipe)
     registry = _registry(readers) or Registry()
-    edit = registry.edit
-    active = [registry.entries[n].adapter.edit for n in registry.in_force]
+    active = [edit for n in registry.in_force for edit in registry.entries[n].adapter.edits.values()]
     attached = tuple(n for n, r in readers.items() if _attachment(r) is not None)
     return ErasureStatus(
         requested={
@@ -389,11 +393,11 @@ def erasure_status(pipe: Any) -> ErasureStatus:
             for name, entry in registry.entries.items()
         },
         in_force=registry.in_force,
-        mode="none" if edit is None else "fused" if registry.fused else "map",
+        mode="none" if not registry.edits else "fused" if registry.fused else "map",
         components=attached,
-        residuals={} if edit is None else edit.residuals(),
+        residuals=_residuals(registry.edits),
         overruled=edits.overruled(active),
-        notes=tuple(_notes(pipe, registry, set(readers) - set(attached))) if registry.entries else (),
+        notes=tuple(_notes(readers, registry, set(readers) - set(attached))) if registry.entries else (),
     )
 
 
@@ -411,9 +415,13 @@ class _Restored:
             enable_erasure(self.pipe)
 
 
-def effect(encoder: Encoder, edit: Edit, concept: str) -> float:
-    """Share of the way to its target that the bare name of `concept` goes under its own rows alone, averaged over token roles."""
-    edit = edit.only(concept)
+def effect(encoder: Encoder, edits: Mapping[str, Edit], concept: str) -> float:
+    """Share of the way to its target that the bare name of `concept` goes under its own rows alone, averaged over token
+    roles; of several spaces the smallest share."""
+    return min(_effect(encoder, edit.only(concept), concept) for edit in edits.values())
+
+
+def _effect(encoder: Encoder, edit: Edit, concept: str) -> float:
     mapping = EmbeddingMap(edit)
     rows = [i for i, label in enumerate(edit.labels) if label.name == concept]
     states = encoder.rows(concept, tuple(edit.labels[i].role for i in rows), ("{}",))
@@ -432,28 +440,35 @@ def _commit(
     fused: bool,
 ) -> None:
     """Make this the state of all readers. Computes and checks first; from the first write on nothing can fail."""
-    edit = _edit(entries, enabled)
-    mapping = EmbeddingMap(edit) if edit is not None and not fused else None
+    acting = _edits(entries, enabled)
+    maps = {} if fused else {space: EmbeddingMap(edit) for space, edit in acting.items()}
     modules = {unwrapped(reader): name for name, reader in readers.items()}
     modules |= {m: _attachment(m).name for m in registry.modules if m not in modules}  # type: ignore[union-attr]
-    plans = {m: _weight_plan(m, _attachment(m), edit if fused else None) for m in modules}
+    plans = {m: _weight_plan(m, _attachment(m), acting if fused else {}) for m in modules}
     for module, plan in plans.items():
         attachment = _attachment(module) or _attach(registry, module, modules[module])
         attachment.join(registry)
-        attachment.kept = _write(plan, keep=fused and edit is not None)
+        attachment.kept = _write(plan, keep=fused and bool(acting))
     registry.entries, registry.enabled, registry.fused = dict(entries), enabled, fused
-    registry.edit, registry.map, registry.names = edit, mapping, set(modules.values())
+    registry.edits, registry.maps, registry.names = acting, maps, set(modules.values())
     if not entries:
         for module in modules:
             _detach(module)
 
 
-def _edit(entries: dict[str, Entry], enabled: bool) -> Edit | None:
-    """The composed edit of the active entries, or None where nothing acts."""
+def _edits(entries: dict[str, Entry], enabled: bool) -> dict[str, Edit]:
+    """The composed edits of the active entries, by space; empty where nothing acts."""
     acting = [e for e in entries.values() if e.active and e.strength > 0] if enabled else []
-    if not acting:
-        return None
-    return edits.compose(*(e.adapter.edit.softened(e.strength) for e in acting), chains="follow", residual_max=None)
+    soft = [{s: edit.softened(e.strength) for s, edit in e.adapter.edits.items()} for e in acting]
+    return edits.compose_spaces(soft, chains="follow", residual_max=None)
+
+
+def _residuals(acting: Mapping[str, Edit]) -> dict[str, float]:
+    """Of each concept the share that is left, of several spaces the largest."""
+    found: dict[str, float] = {}
+    for edit in acting.values():
+        found |= {concept: max(left, found.get(concept, 0.0)) for concept, left in edit.residuals().items()}
+    return found
 
 
 def _check_set(entries: dict[str, Entry], rules: Rules) -> None:
@@ -466,22 +481,26 @@ def _check_set(entries: dict[str, Entry], rules: Rules) -> None:
 
 
 def _weight_plan(
-    module: nn.Module, attachment: Attachment | None, edit: Edit | None
+    module: nn.Module, attachment: Attachment | None, acting: Mapping[str, Edit]
 ) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
-    """(original, new) bits of every weight to write; `edit` None restores. Empty where no weight is or becomes fused."""
+    """(original, new) bits of every weight to write; without edits it restores. Empty where no weight is or becomes fused."""
     kept = attachment.kept if attachment else {}
-    if edit is None and not kept:
+    if not acting and not kept:
         return {}
-    base = {linear: _original(linear.weight, record, attachment.registry.edit) for linear, record in kept.items()}  # type: ignore[union-attr]
-    if edit is not None:
-        check_fusable(module)
+    was = attachment.registry.edits if attachment else {}
+    spaces = dict.fromkeys(kept, TEXT)  # a copy that the host no longer reads is not a site now
+    spaces |= {linear: space for space in {**was, **acting} for linear in sites(module, space).values()}
+    base = {linear: _original(linear.weight, record, was.get(spaces[linear])) for linear, record in kept.items()}
+    check_fusable(module, acting)
     for pair, key, value in fused_pairs(module):
         if pair not in base and key in base:  # the host copied our fused weights: the copy's original is theirs
             base[pair] = torch.cat([base[key], base[value]])
-    if edit is None:
-        return {linear: (bits, bits) for linear, bits in base.items()}
-    base |= {linear: linear.weight.detach().clone() for linear in sites(module).values() if linear not in base}
-    return {linear: (bits, _edited(bits, edit)) for linear, bits in base.items()}
+    base |= {
+        linear: linear.weight.detach().clone()
+        for linear, space in spaces.items()
+        if space in acting and linear not in base
+    }
+    return {linear: (bits, _edited(bits, acting.get(spaces[linear]))) for linear, bits in base.items()}
 
 
 def _original(weight: Tensor, record: Kept, edit: Edit | None) -> Tensor:
@@ -497,7 +516,7 @@ def _original(weight: Tensor, record: Kept, edit: Edit | None) -> Tensor:
         )
     if _fingerprint(weight) == record.written:
         return base
-    if edit is not None and weight.shape == base.shape:
+    if weight.shape == base.shape:
         now, written = weight.detach().cpu(), _edited(record.base, edit).cpu()
         if torch.equal(now.float(), written.to(now.dtype).float()):
             return base
@@ -510,10 +529,14 @@ def _original(weight: Tensor, record: Kept, edit: Edit | None) -> Tensor:
     )
 
 
-def _edited(bits: Tensor, edit: Edit) -> Tensor:
-    moving = edit.moving
+def _edited(bits: Tensor, edit: Edit | None) -> Tensor:
+    """The weight `bits` with its columns for text states edited; those are the first ones, and mostly all."""
+    if edit is None:
+        return bits
+    moving, d = edit.moving, edit.width
     A, D = edit.detectors()[moving].to(bits.device), edit.offsets.double()[moving].to(bits.device)
-    new = edited_weight(bits, D, A).to(bits.dtype)
+    new = bits.clone()
+    new[:, :d] = edited_weight(bits[:, :d], D, A).to(bits.dtype)
     if not bool(new.isfinite().all()):
         raise EraseError(
             f"the edited weights overflow {bits.dtype}: keep the erasure as a map, or fuse in a wider dtype"
@@ -605,11 +628,12 @@ def _names(adapters: list[ErasureAdapter], given: str | Sequence[str] | None, ta
 
 
 def _check_width(adapter: ErasureAdapter, readers: dict[str, nn.Module]) -> None:
+    made = {space: edit.width for space, edit in adapter.edits.items()}
     for name, reader in readers.items():
-        if (width := text_width(reader)) != adapter.edit.width:
+        if wrong := [space for space, width in made.items() if widths(reader).get(space) != width]:
             raise MismatchError(
-                f"the adapter edits text states of width {adapter.edit.width}, {name} reads width {width}: it was made for another "
-                f"base model; erase the concept again on this one"
+                f"the adapter edits {wrong[0]} states of width {made[wrong[0]]}, {name} reads width {widths(reader).get(wrong[0])}: it was "
+                f"made for another base model; erase the concept again on this one"
             )
 
 
@@ -621,7 +645,7 @@ def _verify(pipe: Any, adapter: ErasureAdapter, strict: bool) -> bool:
         for recipe in adapter.recipes:
             if recipe.effect is None:
                 continue
-            found = effect(encoder, adapter.edit, recipe.concept)
+            found = effect(encoder, adapter.edits, recipe.concept)
             if abs(found - recipe.effect) > EFFECT_TOLERANCE:
                 raise MismatchError(
                     f"under this adapter {recipe.concept!r} goes {found:.2f} of the way to its target here, {recipe.effect:.2f} where it "
@@ -634,15 +658,18 @@ def _verify(pipe: Any, adapter: ErasureAdapter, strict: bool) -> bool:
     return True
 
 
-def _notes(pipe: Any, registry: Registry, bare: set[str]) -> Iterable[str]:
+def _notes(readers: dict[str, nn.Module], registry: Registry, bare: set[str]) -> Iterable[str]:
+    denoiser = next(iter(readers.values()))
     for name, entry in registry.entries.items():
         if not entry.verified:
             yield f"{name} was loaded with strict=False and does not match this pipeline's text encoder"
         if registry.fused and any(label.gate for label in entry.adapter.edit.labels):
             yield f"{name} has a gate, which exists only as a map: its fused form is the linear part"
+        for space in family_of(denoiser).spaces.keys() - entry.adapter.edits.keys():
+            yield f"{name} does not act on {space} states, which this model reads too: its concepts come through by them"
     if bare:
         yield f"not attached to {', '.join(sorted(bare))}: call enable_erasure() on this pipeline"
-    if getattr(unwrapped(pipe.unet), "encoder_hid_proj", None) is not None:
+    if reads_images(denoiser):
         yield "an IP-Adapter is loaded: a concept in an image prompt is not seen by a text-side erasure"
 
 

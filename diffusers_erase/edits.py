@@ -8,7 +8,7 @@ commutative, associative and idempotent. Taking a concept out is solving without
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -255,6 +255,17 @@ def compose(*edits: Edit, chains: str = "error", residual_max: float | None = 0.
     if residual_max is not None:
         _check_residuals(union, residual_max)
     return union
+
+
+def compose_spaces(
+    sets: Sequence[Mapping[str, Edit]], *, chains: str = "error", residual_max: float | None = 0.2
+) -> dict[str, Edit]:
+    """`compose` in every space of text states that one of `sets` (edits by space) has."""
+    spaces = sorted({space for edits in sets for space in edits}, reverse=True)  # text first
+    return {
+        space: compose(*(edits[space] for edits in sets if space in edits), chains=chains, residual_max=residual_max)
+        for space in spaces
+    }
 
 
 def overruled(edits: Sequence[Edit]) -> tuple[str, ...]:

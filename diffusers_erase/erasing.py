@@ -1,7 +1,8 @@
 """`erase`: from a pipeline and a name to an adapter, in one screen."""
 
 from collections.abc import Iterable, Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from .adapter import ErasureAdapter, Recipe, compose
 from .attach import effect
 from .edits import Gate, Pack, same_name
 from .errors import EraseError
-from .sites import text_readers, text_width
+from .sites import TEXT
 from .task import Method, Task, method_named
 from .text import TEMPLATES, Encoder, PackRecipe, background, base_pack, check_templates, pack_digest, roles_of
+
+PARTS = ("moment", "hard")
+"""What is cached of a base pack, of each space."""
 
 
 def erase(
@@ -36,7 +40,7 @@ def erase(
     """An adapter that erases `concept` from `pipe`. Computes only: the pipe stays bit for bit as it was.
 
     Args:
-        pipe: a Stable Diffusion 1.x or 2.x pipeline; only its tokenizer, text encoder and UNet configuration are read.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; only its tokenizers, text encoders and UNet configuration are read.
         concept: what to erase, in words; several are composed: `erase(pipe, [a, b])` is `compose(erase(pipe, a), erase(pipe, b))`.
         target: where to send it: `"null"` (or `""`) the empty prompt, a name, or several names for their mean. With several
             concepts, one target for all, or a list with one for each.
@@ -77,34 +81,32 @@ def erase(
             f"gate is the resemblance below which the edit lets go, between 0 and 1, such as 0.7: got {gate}"
         )
     encoder = Encoder(pipe)
-    if encoder.width != text_width(text_readers(pipe)["unet"]):
-        raise EraseError(
-            f"the text encoder gives width {encoder.width}, the UNet reads {text_width(pipe.unet)}: the pipeline's parts do not fit"
-        )
     recipe = _recipe(pipe, pack)
     defaults = {"residual": 0.02, "tokens": "last+eot", "templates": recipe.templates}
     given = {key: value for key, value in asked.items() if value is not None}
     decided = defaults | given | chosen.fixed
-    make_pack = cache(lambda: _pack(encoder, recipe))
+    packs = {space: cache(partial(_pack, encoder, recipe, space)) for space in encoder.widths}
     made = []
     for name, goal in zip(concepts, targets, strict=True):
-        task = Task(
+        whole = Task(
             encoder=encoder,
             concept=name,
             coreferences=tuple(dict.fromkeys(_names(coreferences))),
             targets=goal,
             preserve=tuple(dict.fromkeys(_names(preserve))),
             gate=None if gate is None else Gate(gate),
-            pack=make_pack,
+            pack=packs[TEXT],
             **decided,
         )
-        _check(task)
-        made.append(_adapter(task, chosen, settings, hub.model_name(pipe)))
+        _check(whole)
+        tasks = {space: replace(whole, space=space, pack=pack) for space, pack in packs.items()}
+        made.append(_adapter(tasks, chosen, settings, hub.model_name(pipe)))
     return made[0] if len(made) == 1 else compose(*made)
 
 
-def _adapter(task: Task, method: Method, settings: dict[str, Any], base_model: str) -> ErasureAdapter:
-    edit = method.run(task, **settings).to(torch.float32)
+def _adapter(tasks: dict[str, Task], method: Method, settings: dict[str, Any], base_model: str) -> ErasureAdapter:
+    edits = {space: method.run(task, **settings).to(torch.float32) for space, task in tasks.items()}
+    task = tasks[TEXT]
     recipe = Recipe(
         concept=task.concept,
         coreferences=task.coreferences,
@@ -114,23 +116,27 @@ def _adapter(task: Task, method: Method, settings: dict[str, Any], base_model: s
         options=settings,
         tokens=task.tokens,
         templates=None if task.templates == TEMPLATES else task.templates,
-        residual=float(f"{edit.residuals()[task.concept]:.3g}"),
-        effect=round(effect(task.encoder, edit, task.concept), 4),
+        residual=float(f"{max(edit.residuals()[task.concept] for edit in edits.values()):.3g}"),
+        effect=round(effect(task.encoder, edits, task.concept), 4),
     )
-    return compose(ErasureAdapter(edit, task.encoder.fingerprint(), (recipe,), base_model))
+    return compose(ErasureAdapter(edits, task.encoder.fingerprint(), (recipe,), base_model))
 
 
-def _pack(encoder: Encoder, recipe: PackRecipe) -> Pack:
-    """The base pack of `recipe` on this encoder; its background states are cached in the user's cache folder."""
+def _pack(encoder: Encoder, recipe: PackRecipe, space: str) -> Pack:
+    """The base pack of `recipe` in one space of this encoder; its background states are cached in the user's cache folder."""
     fingerprint = encoder.fingerprint()
-    key = f"pack-{pack_digest(recipe, fingerprint)[:16]}-{encoder.states_digest()[:16]}"
+    key = f"background-{pack_digest(recipe, fingerprint)[:16]}-{encoder.states_digest()[:16]}"
 
     def make() -> dict:
-        moment, hard = background(encoder, recipe)
-        return {"moment": moment, "hard": hard}
+        return {
+            f"{space}.{name}": t
+            for space, pair in background(encoder, recipe).items()
+            for name, t in zip(PARTS, pair, strict=True)
+        }
 
     states = hub.cached(key, make)
-    return base_pack(recipe, fingerprint, states["moment"], states["hard"])
+    moment, hard = (states[f"{space}.{name}"] for name in PARTS)
+    return base_pack(recipe, fingerprint, moment, hard, space)
 
 
 def _recipe(pipe: Any, pack: str | Path | PackRecipe | None) -> PackRecipe:

@@ -1,26 +1,58 @@
 """Where text enters a model: the only file that knows architectures.
 
-A *text reader* is a component of a pipeline that receives prompt embeddings (a UNet, a ControlNet); a *site* is a linear
-layer in it that reads them unchanged. The families known here, Stable Diffusion 1.x and 2.x, read the raw embedding in
-every `attn2.to_k` and `attn2.to_v` and nowhere else, so one map at the entrance equals an edit of all these layers.
+A *text reader* is a component of a pipeline that receives prompt embeddings (a UNet, a ControlNet, a transformer). It takes
+them in one or two *spaces*: `text`, one state a token, and where a family has it `pooled`, one state a prompt. A *site* is a
+linear layer that reads the states of a space unchanged, so one map at the entrance equals an edit of all its sites. A family
+is one entry of `FAMILIES`; nothing else here or elsewhere asks which family a model belongs to.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import EraseError
 
-TEXT_ARGUMENT = "encoder_hidden_states"
-"""Keyword under which text readers receive embeddings `[batch, tokens, d]`."""
-
 ATTRIBUTE = "_diffusers_erase"
 """Where a text reader keeps what is attached to it (see attach.py)."""
 
-TEXT_POSITION = 2
-"""Its position where it is not given by keyword: `forward(sample, timestep, encoder_hidden_states, ...)`."""
+TEXT, POOLED = "text", "pooled"
+
+
+class Space(NamedTuple):
+    """How the readers of a family take one kind of text state."""
+
+    argument: tuple[str, ...]
+    """Keyword of the call; two, where the states lie in a dictionary."""
+    position: int | None
+    """Its position where it is not given by keyword."""
+    width: Callable[[nn.Module], int]
+    """d, of a reader."""
+    sites: Callable[[nn.Module], Mapping[str, Any]]
+    """The linear layers that read it, by module path. Where a layer reads more than the states, they come first."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: who takes text, under which arguments, into which layers, and who encodes it."""
+
+    name: str
+    denoiser: str
+    """The pipeline's attribute that holds the denoiser."""
+    readers: Callable[[nn.Module], bool]
+    """Whether a module belongs to this family."""
+    spaces: dict[str, Space]
+    encoders: tuple[tuple[str, str], ...]
+    """(tokenizer, text encoder) of the pipeline whose states, side by side, are the text space. Those that a pipeline
+    leaves empty (an SDXL refiner its first) are passed over."""
+    pooled_by: int | None = None
+    """Position in `encode_prompt`'s answer of the pooled state; the text states are always the first."""
+    encode: tuple[tuple[str, Any], ...] = (("do_classifier_free_guidance", False),)
+    """What `encode_prompt` is told beside the prompts."""
+    experimental: bool = False
+    """Attaching is proven on tiny models and given embeddings only; `erase` does not read this family's text."""
 
 
 def text_readers(pipe: Any) -> dict[str, nn.Module]:
@@ -29,22 +61,44 @@ def text_readers(pipe: Any) -> dict[str, nn.Module]:
     Raises:
         EraseError: no supported denoiser, or one that receives text by a path which a map of the embeddings cannot see.
     """
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
+    names = dict.fromkeys(family.denoiser for family in FAMILIES)
+    readers = {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
+    if not readers:
         raise EraseError(
-            f"{type(pipe).__name__} has no UNet: this version erases in Stable Diffusion 1.x and 2.x pipelines (text read by "
-            f"the cross-attention of a UNet); other families are not supported yet"
+            f"{type(pipe).__name__} has no UNet and no transformer: this version erases in pipelines of "
+            f"{', '.join(family.name for family in FAMILIES)}; other families are not supported yet"
         )
-    readers = {"unet": unet}
     controlnet = getattr(pipe, "controlnet", None)
     nets = getattr(unwrapped(controlnet), "nets", None)
     if nets is not None:
         readers |= {f"controlnet.{i}": net for i, net in enumerate(nets)}
     elif controlnet is not None:
         readers["controlnet"] = controlnet
-    for name, reader in readers.items():
-        _check_text_paths(name, reader)
+    families = {name: family_of(reader, name) for name, reader in readers.items()}
+    first = next(iter(families))
+    if other := [name for name in families if families[name] is not families[first]]:
+        raise EraseError(
+            f"{other[0]} takes text as {families[other[0]].name} does, {first} as {families[first].name}: "
+            f"the pipeline's parts do not fit"
+        )
     return readers
+
+
+def family_of(reader: nn.Module, name: str = "the denoiser") -> Family:
+    """The family that a text reader belongs to.
+
+    Raises:
+        EraseError: none that is known, or the reader takes text by a path which a map of the embeddings cannot see.
+    """
+    for family in FAMILIES:
+        if family.readers(unwrapped(reader)):
+            _check_text_paths(name, reader)
+            return family
+    _check_text_paths(name, reader)
+    raise EraseError(
+        f"{name} is a {type(unwrapped(reader)).__name__}, which this version does not know: it erases in "
+        f"{', '.join(family.name for family in FAMILIES)}"
+    )
 
 
 def unwrapped(module: Any) -> Any:
@@ -52,103 +106,74 @@ def unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def text_width(reader: nn.Module) -> int:
-    """d, the width of the embeddings that `reader` takes."""
-    width = unwrapped(reader).config.cross_attention_dim
-    return width if isinstance(width, int) else width[0]
+def widths(reader: nn.Module) -> dict[str, int]:
+    """d of every space of text states that `reader` takes."""
+    return {name: space.width(unwrapped(reader)) for name, space in family_of(reader).spaces.items()}
 
 
-def sites(reader: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers `[o, d]` of `reader` that read raw text states, by module path, without PEFT's wrappers.
+def sites(reader: nn.Module, space: str = TEXT) -> dict[str, nn.Linear]:
+    """The linear layers of `reader` that read the raw states of `space`, by module path, without PEFT's wrappers.
 
-    Includes the `to_kv` copy that `fuse_qkv_projections` reads instead of `to_k` and `to_v`.
+    Each is `[o, d]`, or `[o, d + more]` where the layer reads more than the states, which then come first. Includes the
+    `to_kv` copy that `fuse_qkv_projections` reads instead of `to_k` and `to_v`.
     """
-    found = {}
-    for path, module in _text_attentions(reader):
-        for part in ("to_k", "to_v", "to_kv"):
-            linear = getattr(module, part, None)
-            if linear is not None and not (part == "to_kv" and not module.fused_projections):
-                found[f"{path}.{part}"] = _base_layer(linear)
+    found = family_of(reader).spaces[space].sites(unwrapped(reader))
     if not found:
         raise EraseError(
-            f"{type(unwrapped(reader)).__name__} has no cross-attention that reads text: nothing to erase in"
+            f"{type(unwrapped(reader)).__name__} has no layer that reads {space} states: nothing to erase in"
         )
-    return found
+    return {path: _base_layer(linear) for path, linear in found.items()}
 
 
 def fused_pairs(reader: nn.Module) -> list[tuple[nn.Linear, nn.Linear, nn.Linear]]:
     """(to_kv, to_k, to_v) of every cross-attention whose projections the host has fused into a copy, without PEFT's wrappers."""
-    fused = [m for _, m in _text_attentions(reader) if m.fused_projections]
+    fused = [m for _, m in _text_attentions(unwrapped(reader)) if m.fused_projections]
     return [(_base_layer(m.to_kv), _base_layer(m.to_k), _base_layer(m.to_v)) for m in fused]
 
 
-def with_text(args: tuple, kwargs: Mapping[str, Any], mapping: Any) -> tuple[tuple, dict[str, Any]]:
-    """The call's arguments with `mapping` applied to the embeddings; the caller's containers are not changed.
+def with_text(
+    spaces: Mapping[str, Space], args: tuple, kwargs: Mapping[str, Any], maps: Mapping[str, Callable[[Tensor], Tensor]]
+) -> tuple[tuple, dict[str, Any]]:
+    """A call's arguments with the map of each space applied to its states; the caller's containers are not changed.
 
     Raises:
-        EraseError: the call carries no embeddings where this family expects them, so the erasure could not act.
+        EraseError: the call carries no states where this family expects them, so the erasure could not act.
     """
-    if isinstance(kwargs.get(TEXT_ARGUMENT), Tensor):
-        return args, {**kwargs, TEXT_ARGUMENT: mapping(kwargs[TEXT_ARGUMENT])}
-    if len(args) > TEXT_POSITION and isinstance(args[TEXT_POSITION], Tensor):
-        return (*args[:TEXT_POSITION], mapping(args[TEXT_POSITION]), *args[TEXT_POSITION + 1 :]), dict(kwargs)
-    raise EraseError(
-        f"an erasure is attached, but this call has no tensor {TEXT_ARGUMENT!r} to act on: pass the prompt embeddings by that "
-        f"keyword, or disable the erasure"
-    )
+    kwargs = dict(kwargs)
+    for name, mapping in maps.items():
+        space = spaces[name]
+        outer, inner = space.argument[0], space.argument[-1]
+        holder = kwargs if len(space.argument) == 1 else kwargs.get(outer)
+        if isinstance(holder, Mapping) and isinstance(holder.get(inner), Tensor):
+            mapped = mapping(holder[inner])
+            kwargs[outer] = mapped if holder is kwargs else {**holder, inner: mapped}
+        elif space.position is not None and len(args) > space.position and isinstance(args[space.position], Tensor):
+            args = (*args[: space.position], mapping(args[space.position]), *args[space.position + 1 :])
+        else:
+            raise EraseError(
+                f"an erasure is attached, but this call has no tensor {'.'.join(space.argument)!r} to act on: pass the prompt "
+                f"embeddings by that keyword, or disable the erasure"
+            )
+    return args, kwargs
 
 
 def feeds_controlnet(kwargs: Mapping[str, Any]) -> bool:
     """Whether this denoiser call carries a ControlNet's residuals (its adapters' kind, T2I, reads no text)."""
-    return kwargs.get("mid_block_additional_residual") is not None
+    return any(kwargs.get(name) is not None for name in CONTROL_ARGUMENTS)
 
 
-def _text_attentions(reader: nn.Module) -> list[tuple[str, Any]]:
-    """Path and module of every attention whose keys and values read text, not the picture itself."""
-    modules = unwrapped(reader).named_modules()
-    return [(path, m) for path, m in modules if hasattr(m, "to_k") and getattr(m, "is_cross_attention", False)]
+def reads_images(reader: nn.Module) -> bool:
+    """Whether an IP-Adapter is loaded, by whose image prompt a concept comes in unseen."""
+    return getattr(unwrapped(reader), "encoder_hid_proj", None) is not None
 
 
-def _base_layer(linear: Any) -> nn.Linear:
-    return getattr(linear, "base_layer", linear)
-
-
-def _check_text_paths(name: str, reader: nn.Module) -> None:
-    config = getattr(unwrapped(reader), "config", None)
-    if config is None or getattr(config, "cross_attention_dim", None) is None:
-        raise EraseError(
-            f"{name} is a {type(unwrapped(reader)).__name__}, which does not read prompt embeddings by cross-attention"
-        )
-    widths = config.cross_attention_dim
-    if not isinstance(widths, int) and len(set(widths)) > 1:
-        raise EraseError(
-            f"{name} reads text of several widths {tuple(widths)}: expected one; this model is not supported"
-        )
-    if getattr(config, "addition_embed_type", None) is not None:
-        raise EraseError(
-            f"{name} also takes pooled text ({config.addition_embed_type}, as SDXL does), by which a concept would survive: "
-            f"pooled paths are not supported yet"
-        )
-    if getattr(config, "class_embed_type", None) is not None:
-        raise EraseError(
-            f"{name} also takes class embeddings ({config.class_embed_type}, as unCLIP does), by which a concept would survive: "
-            f"not supported yet"
-        )
-    if str(getattr(config, "attention_type", "default")).startswith("gated"):
-        raise EraseError(
-            f"{name} also reads phrases through gated attention (GLIGEN), by which a concept would survive: not supported yet"
-        )
-    if getattr(config, "encoder_hid_dim_type", None) not in (None, "ip_image_proj"):
-        raise EraseError(f"{name} projects text ({config.encoder_hid_dim_type}) before it reads it: not supported yet")
-
-
-def check_fusable(reader: nn.Module) -> None:
-    """Raise unless every site of `reader` is a plain floating weight that can be written and given back.
+def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,)) -> None:
+    """Raise unless every site of `reader` in `spaces` is a plain floating weight that can be written and given back.
 
     Quantised, packed, meta and fp8 weights lose or refuse small edits; a LoRA that PEFT has merged would be subtracted later
     from weights that it was not added to.
     """
-    for path, linear in sites(reader).items():
+    for path, linear in ((path, linear) for space in spaces for path, linear in sites(reader, space).items()):
         if getattr(unwrapped(reader).get_submodule(path), "merged", False):
             raise EraseError(
                 f"a LoRA is fused into {path}: call unfuse_lora() before fuse_erasure(), or keep the erasure as a map"
@@ -160,3 +185,135 @@ def check_fusable(reader: nn.Module) -> None:
                 f"{path} holds {type(weight).__name__} {weight.dtype} on {weight.device}: an erasure is fused only into plain floating "
                 f"weights; keep it as a map, which works on any"
             )
+
+
+def _base_layer(linear: Any) -> nn.Linear:
+    return getattr(linear, "base_layer", linear)
+
+
+def _check_text_paths(name: str, reader: nn.Module) -> None:
+    """Raise where text comes in by a path that no map of the embeddings sees."""
+    config = getattr(unwrapped(reader), "config", None)
+    if config is None or not {"cross_attention_dim", "joint_attention_dim"} & {k for k, v in config.items() if v}:
+        raise EraseError(
+            f"{name} is a {type(unwrapped(reader)).__name__}, which does not read prompt embeddings by cross-attention"
+        )
+    widths = config.get("cross_attention_dim")
+    if isinstance(widths, (tuple, list)) and len(set(widths)) > 1:
+        raise EraseError(
+            f"{name} reads text of several widths {tuple(widths)}: expected one; this model is not supported"
+        )
+    if config.get("addition_embed_type") not in (None, "text_time"):
+        raise EraseError(
+            f"{name} takes additional text or images ({config.addition_embed_type}), by which a concept would survive: not supported yet"
+        )
+    if config.get("class_embed_type") is not None:
+        raise EraseError(
+            f"{name} also takes class embeddings ({config.class_embed_type}, as unCLIP does), by which a concept would survive: "
+            f"not supported yet"
+        )
+    if str(config.get("attention_type", "default")).startswith("gated"):
+        raise EraseError(
+            f"{name} also reads phrases through gated attention (GLIGEN), by which a concept would survive: not supported yet"
+        )
+    if config.get("encoder_hid_dim_type") not in (None, "ip_image_proj"):
+        raise EraseError(f"{name} projects text ({config.encoder_hid_dim_type}) before it reads it: not supported yet")
+
+
+# --- the families: cross-attention UNets, and transformers whose text enters by one layer ---
+
+
+def _text_attentions(reader: nn.Module) -> list[tuple[str, Any]]:
+    """Path and module of every attention whose keys and values read text, not the picture itself."""
+    modules = reader.named_modules()
+    return [(path, m) for path, m in modules if hasattr(m, "to_k") and getattr(m, "is_cross_attention", False)]
+
+
+def _cross_attention(reader: nn.Module) -> dict[str, Any]:
+    """`to_k` and `to_v` of every attention that reads text, and `to_kv` where the host reads that copy instead."""
+    return {
+        f"{path}.{part}": getattr(module, part)
+        for path, module in _text_attentions(reader)
+        for part in ("to_k", "to_v", "to_kv")
+        if getattr(module, part, None) is not None and not (part == "to_kv" and not module.fused_projections)
+    }
+
+
+def _cross_attention_width(reader: Any) -> int:
+    width = reader.config.cross_attention_dim
+    return width if isinstance(width, int) else width[0]
+
+
+def _added_embedding(reader: nn.Module) -> dict[str, Any]:
+    """The layer that reads [text_embeds, time_ids]: micro-conditioning lies in its other columns."""
+    return {"add_embedding.linear_1": reader.get_submodule("add_embedding.linear_1")}
+
+
+def _added_embedding_width(reader: Any) -> int:
+    """What that layer reads beside the embedded time ids: these are five in the refiner, whose one encoder gives both widths, else six."""
+    config = reader.config
+    total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    return total - (5 if total - 5 * each == _cross_attention_width(reader) else 6) * each
+
+
+def _context_embedder(reader: nn.Module) -> dict[str, Any]:
+    """The only layer that meets a clean text state: behind it, text and picture are mixed layer by layer."""
+    return {"context_embedder": reader.get_submodule("context_embedder")}
+
+
+def _context_width(reader: Any) -> int:
+    return reader.config.joint_attention_dim
+
+
+def _pooled_projection(reader: nn.Module) -> dict[str, Any]:
+    path = "time_text_embed.text_embedder.linear_1"
+    return {path: reader.get_submodule(path)}
+
+
+def _pooled_width(reader: Any) -> int:
+    return reader.config.pooled_projection_dim
+
+
+def _is_unet(reader: Any) -> bool:
+    return "cross_attention_dim" in getattr(reader, "config", ()) and reader.config.addition_embed_type is None
+
+
+def _is_sdxl_unet(reader: Any) -> bool:
+    return "cross_attention_dim" in getattr(reader, "config", ()) and reader.config.addition_embed_type == "text_time"
+
+
+def _is_flux(reader: nn.Module) -> bool:
+    return type(reader).__name__ in ("FluxTransformer2DModel", "FluxControlNetModel")
+
+
+def _is_sd3(reader: nn.Module) -> bool:
+    return type(reader).__name__ in ("SD3Transformer2DModel", "SD3ControlNetModel")
+
+
+CONTROL_ARGUMENTS = ("mid_block_additional_residual", "controlnet_block_samples", "block_controlnet_hidden_states")
+"""Under these a denoiser receives what a ControlNet made of the prompt."""
+
+_UNET_TEXT = Space(("encoder_hidden_states",), 2, _cross_attention_width, _cross_attention)
+_JOINT_TEXT = Space(("encoder_hidden_states",), 1, _context_width, _context_embedder)
+_JOINT_POOLED = Space(("pooled_projections",), 2, _pooled_width, _pooled_projection)
+
+FAMILIES = (
+    Family(
+        "Stable Diffusion 1.x and 2.x", "unet", _is_unet, {TEXT: _UNET_TEXT}, (("tokenizer", "text_encoder"),)
+    ),
+    Family(
+        "SDXL", "unet", _is_sdxl_unet,
+        {TEXT: _UNET_TEXT, POOLED: Space(("added_cond_kwargs", "text_embeds"), None, _added_embedding_width, _added_embedding)},
+        (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), pooled_by=2,
+    ),
+    Family(
+        "FLUX.1", "transformer", _is_flux, {TEXT: _JOINT_TEXT, POOLED: _JOINT_POOLED},
+        (("tokenizer_2", "text_encoder_2"),), pooled_by=1, encode=(), experimental=True,
+    ),
+    Family(
+        "SD3", "transformer", _is_sd3, {TEXT: _JOINT_TEXT, POOLED: _JOINT_POOLED},
+        (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3")),
+        pooled_by=2, experimental=True,
+    ),
+)  # fmt: skip
+"""Every architecture that is known. The next one is one entry, and where its layers are new a function that finds them."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .edits import Edit, Gate, Label, Pack
 from .errors import EraseError
+from .sites import TEXT
 from .text import Encoder, roles_of
 
 
@@ -35,12 +36,14 @@ class Task:
     gate: Gate | None
     pack: Callable[[], Pack]
     """The base pack, made when first asked for: a method that brings its own never pays for it."""
+    space: str = TEXT
+    """Which kind of text state this is about; a method is run once for each that the pipeline has."""
 
     def rows(self, tokens: str, templates: Sequence[str]) -> tuple[list[Label], Tensor, Tensor]:
         """Labels, keys and offsets `[k, d]` (float64) of the concept and its co-references, one mean row per name and role."""
         labels, keys, offsets = [], [], []
         for name in (self.concept, *self.coreferences):
-            roles = roles_of(tokens, self.encoder.length(name))
+            roles = roles_of(tokens, self.encoder.length(name), self.space)
             own, goal = self.encoder.rows(name, roles, templates), self._target_rows(roles, templates)
             for role in roles:
                 labels.append(Label(self.concept, name, role, self.targets, self.gate))
@@ -56,10 +59,12 @@ class Task:
         """Labels and keys `[m, d]` (float64) of the preserved names; m may be 0."""
         labels, keys = [], []
         for name in self.preserve:
-            for role, row in self.encoder.rows(name, roles_of(tokens, 1), templates).items():
+            for role, row in self.encoder.rows(name, roles_of(tokens, 1, self.space), templates).items():
                 labels.append(Label(name, name, role, None))
                 keys.append(row)
-        return labels, torch.stack(keys) if keys else torch.zeros(0, self.encoder.width, dtype=torch.float64)
+        return labels, torch.stack(keys) if keys else torch.zeros(
+            0, self.encoder.widths[self.space], dtype=torch.float64
+        )
 
     def _target_rows(self, roles: Sequence[str], templates: Sequence[str]) -> dict[str, Tensor]:
         if not self.targets:

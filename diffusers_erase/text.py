@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .edits import Pack
 from .errors import EraseError, MismatchError
+from .sites import POOLED, TEXT, Family, family_of, text_readers, widths
 
 TEMPLATES = (
     "{}",
@@ -57,17 +58,32 @@ class Fingerprint:
     tokenizer: str
     """Hash of the token ids of the probe prompts."""
     states: tuple[float, ...]
-    """Cosine coefficients of the probes' EOT states and last content states, four significant digits."""
+    """Cosine coefficients of the probes' EOT states and last content states (of pooled states, of all probes), four significant digits."""
+    parts: tuple["Fingerprint", ...] = ()
+    """Where several encoders lie side by side in a state, each one's share; where a family has pooled states, last these."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Fingerprint":
+        parts = tuple(map(cls.from_json, data.get("parts", ())))
+        return cls(**(data | {"states": tuple(data["states"]), "parts": parts}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a text side of one encoder has no parts and says nothing of them."""
+        data = {"width": self.width, "tokenizer": self.tokenizer, "states": self.states}
+        return data | ({"parts": [part.to_json() for part in self.parts]} if self.parts else {})
 
     def distance(self, other: "Fingerprint") -> float:
-        """Relative error of the states; infinite where width or tokenizer differ."""
+        """Relative error of the states, of several parts the largest; infinite where width or tokenizer differ."""
         if (self.width, self.tokenizer, len(self.states)) != (other.width, other.tokenizer, len(other.states)):
             return math.inf
-        return math.dist(self.states, other.states) / max(math.hypot(*self.states), 1e-12)
+        if len(self.parts) != len(other.parts):
+            return math.inf
+        own = math.dist(self.states, other.states) / max(math.hypot(*self.states), 1e-12)
+        return max([own, *(a.distance(b) for a, b in zip(self.parts, other.parts, strict=True))])
 
     def check(self, found: "Fingerprint") -> None:
         """Raise unless `found` is the encoder that this fingerprint was taken from."""
-        if found.width != self.width:
+        if (found.width, len(found.parts)) != (self.width, len(self.parts)):
             raise MismatchError(
                 f"the adapter edits text states of width {self.width}, this pipeline's encoder gives {found.width}: "
                 f"it was made for another base model; erase the concept again on this one"
@@ -124,6 +140,8 @@ class States:
     """`[n, tokens, d]`, float32 on the CPU."""
     ids: tuple[tuple[int, ...], ...]
     """Token ids of each prompt without start token and EOT."""
+    pooled: Tensor | None = None
+    """`[n, p]` of a family that has them."""
 
     def end(self, prompt: int) -> int:
         """Index of the first EOT."""
@@ -140,20 +158,45 @@ class Encoder:
     """
 
     def __init__(self, pipe: Any):
-        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+        reader = next(iter(text_readers(pipe).values()))
+        self.family: Family = family_of(reader)
+        if self.family.experimental:
+            raise EraseError(
+                f"the text of {self.family.name} is not read by this version: expected an SD 1.x, 2.x or SDXL pipeline; an adapter "
+                f"made elsewhere is attached with strict=False"
+            )
+        pairs = [[getattr(pipe, name, None) for name in pair] for pair in self.family.encoders]
+        if None in pairs[-1]:
             raise EraseError(
                 f"{type(pipe).__name__} has no text encoder or tokenizer loaded: they are needed to find the concept's text states"
             )
         self.pipe = pipe
-        self.tokenizer = pipe.tokenizer
-        self.window = min(self.tokenizer.model_max_length, 10_000)
-        self.width: int = pipe.text_encoder.config.hidden_size
+        self.tokenizers = [tokenizer for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
+        self.tokenizer = self.tokenizers[0]
+        self.window = min(10_000, *(tokenizer.model_max_length for tokenizer in self.tokenizers))
+        configs = [encoder.config for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
+        self.parts: tuple[int, ...] = tuple(config.hidden_size for config in configs)
+        """Width of each encoder's share of a text state."""
+        self.widths = {TEXT: sum(self.parts)} | (
+            {POOLED: configs[-1].projection_dim} if self.family.pooled_by is not None else {}
+        )
+        """d of each space of text states."""
+        if self.widths != (read := widths(reader)):
+            raise EraseError(
+                f"the text encoder gives states of width {_say(self.widths)}, the denoiser reads {_say(read)}: "
+                f"the pipeline's parts do not fit"
+            )
         self._rows: dict[tuple, dict[str, Tensor]] = {}
+
+    @property
+    def width(self) -> int:
+        """d of the text states."""
+        return self.widths[TEXT]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, cut: bool = False) -> States:
         """States of `prompts` as the host's own `encode_prompt` gives them; `cut` allows what it does to longer ones."""
-        ids = tuple(tuple(self.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts)
+        ids = self._ids(prompts, self.tokenizer)
         if cut:
             ids = tuple(tokens[: self.window - 2] for tokens in ids)
         for prompt, tokens in zip(prompts, ids, strict=True):
@@ -161,29 +204,33 @@ class Encoder:
                 raise EraseError(
                     f"{prompt[:60]!r} has {len(tokens)} tokens, the text encoder reads {self.window - 2}: give a shorter name"
                 )
-        rows = []
+        rows, pooled = [], []
         for start in range(0, len(prompts), BATCH):
             batch = list(prompts[start : start + BATCH])
-            embeds = self.pipe.encode_prompt(batch, self.pipe._execution_device, 1, False)[0]
-            rows.append(embeds.detach().float().cpu())
-        return States(torch.cat(rows), ids)
+            told = {"device": self.pipe._execution_device, "num_images_per_prompt": 1, **dict(self.family.encode)}
+            answer = self.pipe.encode_prompt(batch, **told)
+            rows.append(answer[0].detach().float().cpu())
+            if self.family.pooled_by is not None:
+                pooled.append(answer[self.family.pooled_by].detach().float().cpu())
+        return States(torch.cat(rows), ids, torch.cat(pooled) if pooled else None)
 
     def rows(self, name: str, roles: Sequence[str], templates: Sequence[str]) -> dict[str, Tensor]:
         """The mean row `[d]` (float64) of `name` for each role, over all templates.
 
-        Roles: `subject` the last token of the name, `name:i` its i-th, `eot` the first end-of-text, `pads` the mean of what follows.
+        Roles: `subject` the last token of the name, `name:i` its i-th, `eot` the first end-of-text, `pads` the mean of what
+        follows; `pooled` the prompt's one state in the pooled space.
         """
         asked = (name, tuple(roles), tuple(templates))
         if asked in self._rows:  # of a hundred concepts with one target it is read once
             return self._rows[asked]
         check_templates(templates)
         states = self.encode([t.replace("{}", name) for t in templates])
-        means = {role: torch.zeros(states.rows.shape[-1], dtype=torch.float64) for role in roles}
+        found: dict[str, list[Tensor]] = {role: [] for role in roles}
         for i, template in enumerate(templates):
             last = self._last_token(template, name, states.ids[i])
             for role in roles:
-                means[role] += _row(states.rows[i].double(), role, last, self.length(name), states.end(i))
-        self._rows[asked] = {role: mean / len(templates) for role, mean in means.items()}
+                found[role].append(_row(states, i, role, last, self.length(name)).double())
+        self._rows[asked] = {role: sum(rows[1:], rows[0]) / len(templates) for role, rows in found.items()}
         return self._rows[asked]
 
     def null_rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
@@ -191,8 +238,11 @@ class Encoder:
 
         Row 0 is never used: CLIP's empty prompt has its "last subject token" there, the start token, an outlier.
         """
-        empty = self.encode([""]).rows[0].double()
+        states = self.encode([""])
+        empty = states.rows[0].double()
         places = {"eot": empty[1], "pads": empty[2:].mean(0)}
+        if states.pooled is not None:
+            places[POOLED] = states.pooled[0].double()
         return {role: places.get(role, empty[1:].mean(0)) for role in roles}
 
     def length(self, name: str) -> int:
@@ -215,16 +265,25 @@ class Encoder:
         states = self.encode(PROBES)
         probed = [rows[states.end(i)] for i, rows in enumerate(states.rows)]
         probed += [rows[len(ids)] for rows, ids in zip(states.rows, states.ids, strict=True) if ids]
-        values = torch.cat([_cosines(state) for state in probed])
-        return Fingerprint(
-            width=states.rows.shape[-1],
-            tokenizer=hashlib.sha256(json.dumps(states.ids).encode()).hexdigest()[:16],
-            states=tuple(float(f"{v:.4g}") for v in values.tolist()),
-        )
+        spelt = [_hash(self._ids(PROBES, tokenizer)) for tokenizer in self.tokenizers]
+        parts: list[Fingerprint] = []
+        if len(self.parts) > 1:
+            shares = zip(*(row.split(self.parts) for row in probed), strict=True)
+            parts += [_fingerprint(list(share), hashed) for share, hashed in zip(shares, spelt, strict=True)]
+        if states.pooled is not None:
+            parts.append(_fingerprint(list(states.pooled), spelt[-1]))
+        return _fingerprint(probed, spelt[0], tuple(parts))
 
     def states_digest(self) -> str:
         """Exact digest of this encoder's answers in this dtype on this machine: good as a cache key, not as an identity."""
-        return hashlib.sha256(self.encode(PROBES).rows.numpy().tobytes()).hexdigest()
+        states = self.encode(PROBES)
+        digest = hashlib.sha256(states.rows.numpy().tobytes())
+        if states.pooled is not None:
+            digest.update(states.pooled.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _ids(self, prompts: Sequence[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts)
 
     def _last_token(self, template: str, name: str, ids: tuple[int, ...]) -> int:
         """Index in the states of the last token of `name`: the tokens of the text up to there, plus the start token."""
@@ -247,31 +306,39 @@ def check_templates(templates: Sequence[str]) -> None:
         raise EraseError(f"a template holds the name once, as {{}}: found {bad[0]!r}")
 
 
-def roles_of(tokens: str, names: int) -> tuple[str, ...]:
-    """Token roles of a policy: `last`, `name`, `eot`, `pads`, `all`, joined by `+`, for a name of `names` tokens."""
+def roles_of(tokens: str, names: int, space: str = TEXT) -> tuple[str, ...]:
+    """Token roles of a policy: `last`, `name`, `eot`, `pads`, `all`, joined by `+`, for a name of `names` tokens.
+
+    In the pooled space a prompt has one state, whatever the policy.
+    """
     parts = tokens.replace("all", "name+eot+pads").split("+")
     if unknown := set(parts) - {"last", "name", "eot", "pads"}:
         raise EraseError(
             f"unknown token policy {sorted(unknown)[0]!r} in {tokens!r}: join 'last' or 'name', 'eot' and 'pads' by '+', or say 'all'"
         )
+    if space == POOLED:
+        return (POOLED,)
     inner = tuple(f"name:{i}" for i in range(names - 1)) if "name" in parts else ()
     subject = ("subject",) if {"last", "name"} & set(parts) else ()
     return inner + subject + tuple(role for role in ("eot", "pads") if role in parts)
 
 
-def pack_digest(recipe: PackRecipe, fingerprint: Fingerprint) -> str:
+def pack_digest(recipe: PackRecipe, fingerprint: Fingerprint, space: str = TEXT) -> str:
     """Digest of list, recipe and encoder (width and tokenizer; its states are compared by tolerance), never of tensor bytes."""
-    told = [recipe.name, recipe.prompts, recipe.ridge, fingerprint.width, fingerprint.tokenizer]
+    told: list = [recipe.name, recipe.prompts, recipe.ridge, fingerprint.width, fingerprint.tokenizer]
+    if space != TEXT:
+        told += [space, fingerprint.parts[-1].width]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def background(encoder: Encoder, recipe: PackRecipe) -> tuple[Tensor, Tensor]:
-    """The states behind a base pack: second moment `[d, d]` of the recipe's prompts, and hard rows `[3, d]`; float64.
+def background(encoder: Encoder, recipe: PackRecipe) -> dict[str, tuple[Tensor, Tensor]]:
+    """The states behind a base pack, of each space: second moment `[d, d]` of the recipe's prompts, and hard rows `[h, d]`; float64.
 
     Of each prompt count its content rows, its EOT and the mean of its pads; never the start token, which is hard, as are
-    the empty prompt's EOT and the centroid of its pads.
+    the empty prompt's EOT and the centroid of its pads. In the pooled space a prompt is one state, and the empty one is hard.
     """
-    moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
+    moments = {space: torch.zeros(width, width, dtype=torch.float64) for space, width in encoder.widths.items()}
+    count = 0
     for start in range(0, len(recipe.prompts), BATCH):
         states = encoder.encode(recipe.prompts[start : start + BATCH], cut=True)
         for i, rows in enumerate(states.rows.double()):
@@ -281,17 +348,23 @@ def background(encoder: Encoder, recipe: PackRecipe) -> tuple[Tensor, Tensor]:
                 if end + 1 < len(rows)
                 else rows[1:]
             )
-            moment, count = moment + kept.mT @ kept, count + len(kept)
-    empty = encoder.encode([""]).rows[0].double()
-    return moment / count, torch.stack([empty[0], empty[1], empty[2:].mean(0)])
+            moments[TEXT], count = moments[TEXT] + kept.mT @ kept, count + len(kept)
+        if states.pooled is not None:
+            moments[POOLED] += states.pooled.double().mT @ states.pooled.double()
+    states = encoder.encode([""])
+    empty = states.rows[0].double()
+    found = {TEXT: (moments[TEXT] / count, torch.stack([empty[0], empty[1], empty[2:].mean(0)]))}
+    if states.pooled is not None:
+        found[POOLED] = (moments[POOLED] / len(recipe.prompts), states.pooled.double())
+    return found
 
 
-def base_pack(recipe: PackRecipe, fingerprint: Fingerprint, moment: Tensor, hard: Tensor) -> Pack:
-    """The pack of `recipe` on an encoder with this background: H = ridge·(tr M/d)·I + M."""
+def base_pack(recipe: PackRecipe, fingerprint: Fingerprint, moment: Tensor, hard: Tensor, space: str = TEXT) -> Pack:
+    """The pack of `recipe` in one space of an encoder with this background: H = ridge·(tr M/d)·I + M."""
     width = moment.shape[0]
     return Pack(
         name=recipe.name,
-        digest=pack_digest(recipe, fingerprint),
+        digest=pack_digest(recipe, fingerprint, space),
         ridge=recipe.ridge * float(moment.trace()) / width,
         width=width,
         moment=moment,
@@ -299,13 +372,30 @@ def base_pack(recipe: PackRecipe, fingerprint: Fingerprint, moment: Tensor, hard
     )
 
 
-def _row(rows: Tensor, role: str, last: int, length: int, end: int) -> Tensor:
-    """The row of one prompt for a role; `last` is the name's last token, `end` the first EOT."""
+def _row(states: States, prompt: int, role: str, last: int, length: int) -> Tensor:
+    """The row of one prompt for a role; `last` is the name's last token, `length` its number of tokens."""
+    if role == POOLED:
+        assert states.pooled is not None  # roles are asked for in the spaces that an encoder has
+        return states.pooled[prompt]
+    rows, end = states.rows[prompt].double(), states.end(prompt)
     if role == "eot":
         return rows[end]
     if role == "pads":
         return rows[end + 1 :].mean(0) if end + 1 < len(rows) else rows[end]
     return rows[last] if role == "subject" else rows[last - length + 1 + int(role.split(":")[1])]
+
+
+def _fingerprint(states: list[Tensor], tokenizer: str, parts: tuple[Fingerprint, ...] = ()) -> Fingerprint:
+    values = torch.cat([_cosines(state) for state in states])
+    return Fingerprint(len(states[0]), tokenizer, tuple(float(f"{v:.4g}") for v in values.tolist()), parts)
+
+
+def _hash(ids: tuple[tuple[int, ...], ...]) -> str:
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def _say(widths: dict[str, int]) -> str:
+    return " + ".join(f"{width} ({space})" for space, width in widths.items())
 
 
 def _cosines(state: Tensor) -> Tensor:

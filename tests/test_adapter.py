@@ -123,10 +123,13 @@ def test_the_digest_covers_what_the_adapter_does(pipe):
 
     made = adapter(pipe, "ship")
     changed = [
-        replace(made, edit=replace(made.edit, keys=made.edit.keys * (1 + 1e-6))),
-        replace(made, edit=replace(made.edit, strengths=made.edit.strengths * 2)),
-        replace(made, edit=replace(made.edit, pack_digest="0" * 64)),
-        replace(made, edit=replace(made.edit, labels=(made.edit.labels[0]._replace(name="x"), *made.edit.labels[1:]))),
+        replace(made, edits={"text": replace(made.edit, keys=made.edit.keys * (1 + 1e-6))}),
+        replace(made, edits={"text": replace(made.edit, strengths=made.edit.strengths * 2)}),
+        replace(made, edits={"text": replace(made.edit, pack_digest="0" * 64)}),
+        replace(
+            made,
+            edits={"text": replace(made.edit, labels=(made.edit.labels[0]._replace(name="x"), *made.edit.labels[1:]))},
+        ),
         replace(made, recipes=(replace(made.recipes[0], effect=0.0),)),
         replace(made, encoder=replace(made.encoder, tokenizer="0" * 16)),
     ]

@@ -86,7 +86,7 @@ def test_what_cannot_be_done_is_one_clear_line(still, arguments, told):
 def test_a_pipe_whose_parts_do_not_fit_is_refused(tokenizer):
     pipe = make_pipe(tokenizer)
     pipe.register_modules(unet=make_pipe(tokenizer, width=64).unet)
-    with pytest.raises(EraseError, match="the text encoder gives width 32, the UNet reads 64"):
+    with pytest.raises(EraseError, match="gives states of width 32 .text., the denoiser reads 64"):
         erase(pipe, "cat", pack=PACK)
 
 

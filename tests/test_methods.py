@@ -73,7 +73,7 @@ def test_the_name_lands_on_its_target(sd1, case):
     assert left(adapter.edit) == pytest.approx(recipe.residual, abs=2e-3)  # three digits are recorded
     assert left(adapter.edit) < 0.35
     assert left(other.edit) > left(adapter.edit) + 0.2
-    assert effect(encoder, adapter.edit, "cat") == pytest.approx(recipe.effect, abs=1e-4)
+    assert effect(encoder, adapter.edits, "cat") == pytest.approx(recipe.effect, abs=1e-4)
     assert (
         recipe.effect > 0.2
     )  # the bare name is one context of twelve, and this encoder's states depend much on theirs
@@ -269,7 +269,9 @@ def test_uce_is_the_published_formula(tokenizer, n, kept, options, record_proper
     untouched = [error_of(sites(pipe.unet)[path].weight, ref) for path, ref in references.items()]
     assert min(untouched) > 1e-3  # control: there is something to agree about
 
-    load_erasure(pipe, ErasureAdapter(edit.to(torch.float32), Encoder(pipe).fingerprint(), ()), residual_max=None)
+    load_erasure(
+        pipe, ErasureAdapter({"text": edit.to(torch.float32)}, Encoder(pipe).fingerprint(), ()), residual_max=None
+    )
     fuse_erasure(pipe)
     cast = [error_of(linear.weight, references[path]) for path, linear in sites(pipe.unet).items()]
     assert max(cast) <= 1e-5

@@ -7,7 +7,16 @@ from conftest import make_pipe, make_unet
 from diffusers import ControlNetModel, MultiControlNetModel, UNet2DModel
 
 from diffusers_erase import EraseError, fuse_erasure, load_erasure, unload_erasure
-from diffusers_erase.sites import check_fusable, fused_pairs, sites, text_readers, text_width, unwrapped, with_text
+from diffusers_erase.sites import (
+    check_fusable,
+    family_of,
+    fused_pairs,
+    sites,
+    text_readers,
+    unwrapped,
+    widths,
+    with_text,
+)
 
 
 class Parts:
@@ -84,12 +93,12 @@ def test_a_lora_merged_elsewhere_does_not_hinder(pipe):
 def test_readers_and_widths(tokenizer):
     unet = make_unet(32)
     nets = [ControlNetModel.from_unet(unet) for _ in range(2)]
-    assert list(text_readers(Parts(unet=unet))) == ["unet"] and text_width(unet) == 32
+    assert list(text_readers(Parts(unet=unet))) == ["unet"] and widths(unet) == {"text": 32}
     assert text_readers(Parts(unet=unet, controlnet=None)) == {"unet": unet}
     assert text_readers(Parts(unet=unet, controlnet=nets[0])) == {"unet": unet, "controlnet": nets[0]}
     several = text_readers(Parts(unet=unet, controlnet=MultiControlNetModel(nets)))
     assert several == {"unet": unet, "controlnet.0": nets[0], "controlnet.1": nets[1]}
-    assert text_width(make_unet((64, 64))) == 64
+    assert widths(make_unet((64, 64))) == {"text": 64}
 
 
 def of(width=32, **changes):
@@ -97,15 +106,15 @@ def of(width=32, **changes):
 
 
 BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-POOLED = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
 UNREADABLE = {
-    "no UNet": (lambda: Parts(transformer=1), "has no UNet"),
+    "no UNet": (lambda: Parts(prior=1), "has no UNet"),
     "no text": (
         lambda: Parts(unet=UNet2DModel(block_out_channels=(32, 32), norm_num_groups=8, **BLOCKS)),
         "does not read prompt",
     ),
     "two widths": (lambda: of((32, 64)), "several widths"),
-    "pooled text": (lambda: of(addition_embed_type="text_time", **POOLED), "pooled"),
+    "another transformer": (lambda: Parts(transformer=torch.nn.Linear(1, 1)), "does not read prompt"),
+    "additional text": (lambda: of(addition_embed_type="text", addition_embed_type_num_heads=4), "additional text"),
     "projected text": (lambda: of(encoder_hid_dim=16, encoder_hid_dim_type="text_proj"), "projects text"),
     "phrases": (lambda: of(attention_type="gated"), "GLIGEN"),
 }
@@ -119,23 +128,24 @@ def test_what_a_map_cannot_see_is_refused(case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_controlnet_that_takes_pooled_text_is_refused(sd1):
+def test_a_controlnet_of_another_family_is_refused(sd1):
     net = ControlNetModel.from_unet(make_unet(32))
     net.register_to_config(addition_embed_type="text_time")
-    with pytest.raises(EraseError, match="controlnet also takes pooled"):
+    with pytest.raises(EraseError, match="controlnet takes text as SDXL does, unet as Stable Diffusion"):
         text_readers(Parts(unet=sd1.unet, controlnet=net))
 
 
 def test_arguments_of_the_caller_are_not_changed():
     text, given = torch.ones(1, 2, 3), {"encoder_hidden_states": torch.ones(1, 2, 3), "other": 1}
-    args, kwargs = with_text((0, 1), given, lambda e: e * 2)
+    spaces, twice = family_of(make_unet(32)).spaces, {"text": lambda e: e * 2}
+    args, kwargs = with_text(spaces, (0, 1), given, twice)
     assert args == (0, 1) and torch.equal(kwargs["encoder_hidden_states"], 2 * text) and kwargs["other"] == 1
     assert torch.equal(given["encoder_hidden_states"], text)
-    args, kwargs = with_text((0, 1, text, 3), {}, lambda e: e * 2)
+    args, kwargs = with_text(spaces, (0, 1, text, 3), {}, twice)
     assert torch.equal(args[2], 2 * text) and args[3] == 3 and kwargs == {} and torch.equal(text, torch.ones(1, 2, 3))
     for empty in (((0, 1), {}), ((0, 1, None), {}), ((0, 1), {"encoder_hidden_states": [text]})):
         with pytest.raises(EraseError, match="no tensor"):
-            with_text(*empty, lambda e: e)
+            with_text(spaces, *empty, twice)
 
 
 def test_fusing_needs_plain_floating_weights(sd1):

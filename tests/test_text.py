@@ -268,7 +268,7 @@ def test_fingerprint_is_part_of_the_file_format(encoder):
 
 def test_background_is_the_mean_square_of_other_prompts(still, encoder):
     """By a loop over every state of every prompt; the start token never counts."""
-    moment, hard = background(encoder, PACK)
+    moment, hard = background(encoder, PACK)["text"]
     total, count = torch.zeros_like(moment), 0
     for prompt in PACK.prompts:
         ids, rows = states(still, prompt)
@@ -285,7 +285,7 @@ def test_background_is_the_mean_square_of_other_prompts(still, encoder):
 def test_background_cuts_prompts_as_the_host_does(still, encoder):
     long = "cat dog " * 60
     _, rows = states(still, "cat dog " * 37 + "cat")  # 75 tokens fill the window
-    moment, _ = background(encoder, PackRecipe("long", (long,)))
+    moment, _ = background(encoder, PackRecipe("long", (long,)))["text"]
     assert_close(moment, rows[1:].mT @ rows[1:] / 76, atol=1e-5, rtol=1e-5)
 
 
@@ -360,7 +360,7 @@ def test_background_states_are_computed_once_and_kept(sd1, tmp_path, monkeypatch
 def test_a_broken_cache_file_is_made_again(sd1, tmp_path, monkeypatch, damage):
     monkeypatch.setenv("DIFFUSERS_ERASE_CACHE", str(tmp_path))
     first = erase(sd1, "cat", pack=PACK)
-    (path,) = tmp_path.glob("pack-*.safetensors")
+    (path,) = tmp_path.glob("background-*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     assert erase(sd1, "cat", pack=PACK).digest == first.digest

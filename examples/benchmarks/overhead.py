@@ -39,7 +39,7 @@ def random_adapter(concepts, gate=None):
     labels = tuple(Label(name, name, role, (), gate) for name in names for role in ("subject", "eot"))
     edit = Edit(labels, keys, offsets, torch.ones(len(keys)), keys / 100, "benchmark", "benchmark")
     recipes = tuple(Recipe(name, (), (), (), "ridge", {}, "last+eot", None, 0.02, 0.9) for name in names)
-    return ErasureAdapter(edit, Fingerprint(WIDTH, "", ()), recipes)
+    return ErasureAdapter({"text": edit}, Fingerprint(WIDTH, "", ()), recipes)
 
 
 def pipeline():

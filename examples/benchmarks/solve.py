@@ -150,7 +150,9 @@ def bytes_per_concept(generator):
     recipe = Recipe(
         "Van Gogh", (), ("a painter",), (), "ridge", {"preserve_residual": 0.1}, "last+eot", None, 0.02, 0.9
     )
-    adapter = ErasureAdapter(edit, Fingerprint(WIDTH, "0" * 16, tuple(1.0 + i / 1000 for i in range(28))), (recipe,))
+    adapter = ErasureAdapter(
+        {"text": edit}, Fingerprint(WIDTH, "0" * 16, tuple(1.0 + i / 1000 for i in range(28))), (recipe,)
+    )
     with tempfile.TemporaryDirectory() as folder:
         adapter.save_pretrained(folder)
         return len(labels), adapter.size, (Path(folder) / "erasure.safetensors").stat().st_size
