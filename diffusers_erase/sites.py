@@ -317,3 +317,66 @@ FAMILIES = (
     ),
 )  # fmt: skip
 """Every architecture that is known. The next one is one entry, and where its layers are new a function that finds them."""
+
+
+# --- layers by name: what factors and foreign files speak of ---
+
+
+def layer(reader: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
+    """The linear layer or 1×1 convolution at `path`, without PEFT's wrapper; `matrix` gives its weight as `[out, in]`.
+
+    Raises:
+        EraseError: there is none, or it is of another kind.
+    """
+    try:
+        module = _base_layer(unwrapped(reader).get_submodule(path))
+    except AttributeError as error:
+        raise EraseError(f"{type(unwrapped(reader)).__name__} has no layer {path!r}: made for another model") from error
+    if not _is_matrix(module):
+        raise EraseError(f"{path} is {_say_layer(module)}: only linear layers and 1×1 convolutions take factors")
+    return module
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """A layer's weight as `[out, in]`, a view."""
+    return weight.flatten(1)
+
+
+def layer_names(reader: nn.Module) -> dict[str, str]:
+    """Module path of every linear layer and convolution of a UNet under each name that LoRA files use for it.
+
+    Names are the path itself and, with `_` for `.`, kohya's stem of the path and of CompVis' name of it
+    (`input_blocks_4_1_…`, which files for SDXL carry).
+    """
+    found = {}
+    blocks = _compvis_blocks(unwrapped(reader))
+    for path, module in unwrapped(reader).named_modules():
+        if isinstance(_base_layer(module), (nn.Linear, nn.Conv2d)) and "base_layer" not in path and "lora_" not in path:
+            names = [path, *(theirs + path[len(ours) :] for ours, theirs in blocks.items() if path.startswith(f"{ours}."))]
+            found |= dict.fromkeys([path, *(name.replace(".", "_") for name in names)], path)
+    return found
+
+
+def _compvis_blocks(unet: Any) -> dict[str, str]:
+    """{path of a transformer block group: CompVis' name of it}. Input blocks count conv_in, every layer and every downsampler."""
+    blocks = {"mid_block.attentions.0": "middle_block.1"}
+    for b, block in enumerate(getattr(unet, "down_blocks", ())):
+        count = len(block.resnets) + 1
+        for a in range(len(getattr(block, "attentions", None) or ())):
+            blocks[f"down_blocks.{b}.attentions.{a}"] = f"input_blocks.{1 + b * count + a}.1"
+    for b, block in enumerate(getattr(unet, "up_blocks", ())):
+        for a in range(len(getattr(block, "attentions", None) or ())):
+            blocks[f"up_blocks.{b}.attentions.{a}"] = f"output_blocks.{b * len(block.resnets) + a}.1"
+    return blocks
+
+
+def _is_matrix(module: Any) -> bool:
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    )
+
+
+def _say_layer(module: Any) -> str:
+    if isinstance(module, nn.Conv2d):
+        return f"a convolution of {module.kernel_size[0]}×{module.kernel_size[1]}"
+    return f"a {type(module).__name__}"

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_erase"
 
 # fmt: off
 READING_ORDER = [
-    "version", "errors", "solve", "edits", "sites", "text", "targets", "task", "train", "methods",
+    "version", "errors", "solve", "edits", "factors", "sites", "text", "targets", "task", "train", "methods",
     "hub", "adapter", "attach", "mixin", "erasing", "world", "bench", "cli",
 ]
 # fmt: on
