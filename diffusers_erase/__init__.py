@@ -28,6 +28,8 @@ from .attach import (
 )
 from .erasing import erase
 from .errors import ConflictError, EraseError, MismatchError
+from .factors import Factors
+from .importing import import_erasure
 from .mixin import ErasureLoaderMixin, disable, enable
 from .task import METHODS, method
 from .text import PackRecipe
@@ -40,6 +42,7 @@ __all__ = [
     "ErasureAdapter",
     "ErasureLoaderMixin",
     "ErasureStatus",
+    "Factors",
     "MismatchError",
     "PackRecipe",
     "__version__",
@@ -54,6 +57,7 @@ __all__ = [
     "fuse_erasure",
     "get_active_erasures",
     "get_list_erasures",
+    "import_erasure",
     "load_erasure",
     "method",
     "save_erasure",

@@ -1,7 +1,8 @@
 """The artefact: an erasure as a frozen value that is saved, loaded, composed and exported.
 
 An adapter is an `Edit` for each space of text states, and its provenance. It holds no pipeline and no solution; the same rows
-have three forms, the map on text states, edited weights, and a LoRA.
+have three forms, the map on text states, edited weights, and a LoRA. Where an erasure is no map of text states, the adapter
+holds `Factors` instead of rows: they have the last two forms.
 """
 
 import re
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import edits, hub
+from . import edits, factors, hub
 from .edits import Edit, Label
-from .errors import EraseError, MismatchError
-from .sites import ATTRIBUTE, TEXT, sites, text_readers, unwrapped, widths
+from .errors import ConflictError, EraseError, MismatchError
+from .factors import Factors, Pair
+from .sites import ATTRIBUTE, TEXT, layer, matrix, sites, text_readers, unwrapped, widths
 from .text import Fingerprint
 from .version import __version__
 
@@ -36,7 +38,8 @@ class Recipe:
     tokens: str
     templates: tuple[str, ...] | None
     """None for the package's own list."""
-    residual: float
+    residual: float | None
+    """Reached on the concept alone; None where its rows or factors do not tell."""
     effect: float | None
     """Share of the way to its target that the bare name goes under these rows alone: measured again at every load. None
     where composing has changed the concept's rows (two recipes for it, or a followed chain)."""
@@ -59,36 +62,46 @@ class ErasureAdapter:
     """
 
     edits: Mapping[str, Edit]
-    """By space: `text`, and `pooled` for a family that has it. Never changed after construction."""
+    """By space: `text`, and `pooled` for a family that has it; empty beside factors. Never changed after construction."""
     encoder: Fingerprint
     recipes: tuple[Recipe, ...]
     base_model: str = ""
     origin: hub.Origin | None = None
     """What it was read from, a repository's commit included; None for one that was made here. No part of the digest."""
+    factors: Factors | None = None
+    """Changes of single layers; an adapter that has them has no rows."""
 
     def __post_init__(self):
-        if TEXT not in self.edits:
+        if self.factors is not None and self.edits:
+            raise EraseError("an adapter holds rows or factors, not both: save them apart and load both")
+        if self.factors is None and TEXT not in self.edits:
             raise EraseError(f"an adapter edits the text states: got edits of {', '.join(self.edits) or 'nothing'}")
 
     @property
+    def kind(self) -> str:
+        """`rows` or `factors`."""
+        return "rows" if self.factors is None else "factors"
+
+    @property
     def edit(self) -> Edit:
-        """The edit of the text states, one for each token."""
+        """The edit of the text states, one for each token. An adapter of factors has none: ask for its `kind` first."""
         return self.edits[TEXT]
 
     @property
     def concepts(self) -> tuple[str, ...]:
         """The erased concepts."""
-        return self.edit.concepts
+        return self.edit.concepts if self.factors is None else tuple(dict.fromkeys(r.concept for r in self.recipes))
 
     @property
     def digest(self) -> str:
-        """sha256 over rows, labels, pack and recipes: two adapters with one digest do the same."""
+        """sha256 over rows, labels, pack (or factors) and recipes: two adapters with one digest do the same."""
         more = [[space, edit.digest] for space, edit in sorted(self.edits.items()) if space != TEXT]
-        return hub.digest([self.edit.digest, [asdict(r) for r in self.recipes], self.encoder.to_json(), *more])
+        content = self.edit.digest if self.factors is None else self.factors.digest
+        return hub.digest([content, [asdict(r) for r in self.recipes], self.encoder.to_json(), *more])
 
     @property
     def size(self) -> int:
-        """Bytes of the rows."""
+        """Bytes of the rows or factors."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def save_pretrained(self, directory: str | Path, *, model: Any = None) -> Path:
@@ -156,23 +169,23 @@ class ErasureAdapter:
     def to_lora(self, model: Any) -> dict[str, Tensor]:
         """This erasure as a LoRA for stock diffusers: `pipe.load_lora_weights(adapter.to_lora(pipe))`.
 
-        Rank = moving rows, alpha = rank. A twin is the linear part of a gated adapter; twins of several adapters add up
-        instead of being solved together; and stock LoRA calls can switch them off: `load_erasure` has none of these limits.
+        Rank = moving rows, or the largest rank of its factors (others are padded with zeros); alpha = rank. A twin is the
+        linear part of a gated adapter; twins of several adapters add up instead of being solved together; and stock LoRA calls
+        can switch them off: `load_erasure` has none of these limits.
 
         Args:
             model: the pipeline, or its UNet, whose `to_k` and `to_v` weights the factors are made for.
         """
-        factors = self._factors(model)
         return {
             f"unet.{path}.{part}.weight": tensor
-            for path, pair in factors.items()
+            for path, pair in self._twin(model).items()
             for part, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
         }
 
     def to_kohya(self, model: Any) -> dict[str, Tensor]:
         """The LoRA twin under kohya's names (`lora_unet_…lora_down.weight`, `.lora_up.weight`, `.alpha`)."""
         state = {}
-        for path, (down, up) in self._factors(model).items():
+        for path, (down, up) in self._twin(model).items():
             name = f"lora_unet_{path.replace('.', '_')}"
             state |= {
                 f"{name}.lora_down.weight": down,
@@ -186,27 +199,37 @@ class ErasureAdapter:
         known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.base_model)  # a repository, not somebody's folder
         base = f"base_model: {self.base_model}\nbase_model_relation: adapter\n" if known else ""
         rows = "\n".join(
-            f"| {r.concept} | {' + '.join(r.targets) or 'empty prompt'} | {r.method} | {r.tokens} | {r.residual:g} | {_effect(r)} |"
+            f"| {r.concept} | {' + '.join(r.targets) or 'empty prompt'} | {r.method} | {r.tokens} | "
+            f"{_number(r.residual, 'g')} | {_number(r.effect, '.3f')} |"
             for r in self.recipes
         )
         return _CARD.format(
             base=base,
             names=", ".join(self.concepts),
             rows=rows,
-            preserved=", ".join(self.edit.preserved) or "none by name",
-            pack=self.edit.pack,
+            attaching=_ATTACHING[self.kind],
+            composing=_COMPOSING[self.kind],
+            imported="".join(_imported(r) for r in self.recipes if r.method == "import"),
+            content=self._content(),
             digest=self.digest,
-            size=self.size,
         )
 
-    def _factors(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """(A `[r, in]`, W Dᵀ `[o, r]`) of every site of every space, float32, contiguous; one rank r, that of the largest space."""
+    def _content(self) -> str:
+        if self.factors is not None:
+            return f"Factors of {len(self.factors.pairs)} layers: {self.size} bytes."
+        preserved = ", ".join(self.edit.preserved) or "none by name"
+        return f"Preserved: {preserved}. Base pack: {self.edit.pack}. Rows: {self.size} bytes."
+
+    def _twin(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """A `[r, in]` and B `[o, r]` of every layer, float32, contiguous, one rank r for all; of rows B = W Dᵀ at every site."""
         reader = next(iter(text_readers(model).values())) if not isinstance(model, nn.Module) else model
         attachment = getattr(unwrapped(reader), ATTRIBUTE, None)
         if attachment is not None and attachment.kept:
             raise EraseError(
                 "an erasure is fused into this model, a twin is made for the original weights: call unfuse_erasure() first"
             )
+        if self.factors is not None:
+            return _padded(self.factors, reader)
         read = widths(reader)
         if odd := [space for space, edit in self.edits.items() if read.get(space) != edit.width]:
             raise MismatchError(
@@ -221,7 +244,10 @@ class ErasureAdapter:
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What a file holds: the rows of the text space under their names, those of another with the space before them."""
+        """What a file holds: the rows of the text space under their names, those of another with the space before them; or
+        the factors by layer."""
+        if self.factors is not None:
+            return {f"{path}.{part}": t for path, p in self.factors.pairs.items() for part, t in p._asdict().items()}
         return {
             name if space == TEXT else f"{space}.{name}": getattr(edit, name)
             for space, edit in self.edits.items()
@@ -229,11 +255,14 @@ class ErasureAdapter:
         }
 
     def _head(self) -> dict[str, Any]:
-        more = {space: _describe(edit) for space, edit in self.edits.items() if space != TEXT}
-        return {
-            "kind": "rows",
-            **_describe(self.edit),
-            **({"spaces": more} if more else {}),
+        if self.factors is None:
+            more = {space: _describe(edit) for space, edit in self.edits.items() if space != TEXT}
+            content = _describe(self.edit) | ({"spaces": more} if more else {})
+        else:
+            shapes = {p: [len(down), down.shape[1], len(up)] for p, (down, up) in self.factors.pairs.items()}
+            content = {"layers": shapes, "base": list(self.factors.base)}
+        return content | {
+            "kind": self.kind,
             "encoder": self.encoder.to_json(),
             "recipes": [asdict(recipe) for recipe in self.recipes],
             "base_model": self.base_model,
@@ -243,31 +272,39 @@ class ErasureAdapter:
 
     @classmethod
     def _from_parts(cls, tensors: dict[str, Tensor], head: dict[str, Any]) -> "ErasureAdapter":
-        if head["kind"] != "rows":
+        if head["kind"] not in ("rows", "factors"):
             raise MismatchError(
-                f"this file holds {head['kind']!r}, this version reads 'rows': install a newer diffusers-erase"
+                f"this file holds {head['kind']!r}, this version reads 'rows' and 'factors': install a newer diffusers-erase"
             )
+        made = {
+            "encoder": Fingerprint.from_json(head["encoder"]),
+            "recipes": tuple(Recipe.from_json(r) for r in head["recipes"]),
+            "base_model": head["base_model"],
+        }
+        if head["kind"] == "factors":
+            shapes = {path: (r, i, o) for path, (r, i, o) in head["layers"].items()}
+            expected = {f"{path}.down": (r, i) for path, (r, i, _) in shapes.items()}
+            _check_tensors(tensors, expected | {f"{path}.up": (o, r) for path, (r, _, o) in shapes.items()})
+            pairs = {path: Pair(tensors[f"{path}.down"], tensors[f"{path}.up"]) for path in shapes}
+            return cls({}, factors=Factors(pairs, tuple(float(value) for value in head["base"])), **made)
         described = {TEXT: head} | dict(head.get("spaces", {}))
         names = {space: [n if space == TEXT else f"{space}.{n}" for n in TENSORS] for space in described}
-        expected = [name for each in names.values() for name in each]
-        if set(tensors) != set(expected):
-            odd = sorted(set(tensors) ^ set(expected))[0]
-            raise MismatchError(
-                f"the file's tensors are not those of an erasure ({odd!r} is missing or foreign): expected {', '.join(expected)}"
-            )
-        return cls(
-            edits={space: _edit(part, [tensors[n] for n in names[space]]) for space, part in described.items()},
-            encoder=Fingerprint.from_json(head["encoder"]),
-            recipes=tuple(Recipe.from_json(r) for r in head["recipes"]),
-            base_model=head["base_model"],
-        )
+        expected = {}
+        for space, part in described.items():
+            k, d = part["rows"], part["width"]
+            expected |= {n: (k, d) if not n.endswith("strengths") else (k,) for n in names[space]}
+        _check_tensors(tensors, expected)
+        return cls({space: _edit(part, [tensors[n] for n in names[space]]) for space, part in described.items()}, **made)
 
 
 def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: float | None = 0.2) -> ErasureAdapter:
     """One adapter of all rows of `adapters`, solved together: exact, in any order, each row once (see `edits.compose`).
 
+    Adapters of factors are added up, which is inexact (see `factors.add`). Rows and factors do not make one adapter: load
+    both, and the weights are those edited by the rows, plus the factors.
+
     Raises:
-        ConflictError: they contradict each other or stand on different base packs.
+        ConflictError: they contradict each other or stand on different base packs, or are of two kinds.
         MismatchError: they were made on different text encoders.
     """
     if not adapters:
@@ -275,6 +312,10 @@ def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: floa
     encoders = sorted({a.encoder for a in adapters}, key=lambda e: e.states)
     for other in encoders[1:]:
         encoders[0].check(other)
+    if len({a.kind for a in adapters}) > 1:
+        raise ConflictError(
+            "rows and factors do not make one adapter: rows are solved together, factors only add up; load both instead"
+        )
     union = edits.compose_spaces([a.edits for a in adapters], chains=chains, residual_max=residual_max)
     joined = [
         r if _same_rows(a.edits, union, r.concept) else replace(r, effect=None) for a in adapters for r in a.recipes
@@ -285,6 +326,7 @@ def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: floa
         encoder=encoders[0],
         recipes=tuple(recipes[key] for key in sorted(recipes)),
         base_model=min(a.base_model for a in adapters),
+        factors=factors.add(*terms) if (terms := [a.factors for a in adapters if a.factors is not None]) else None,
     )
 
 
@@ -303,17 +345,35 @@ def _describe(edit: Edit) -> dict[str, Any]:
 
 def _edit(described: dict[str, Any], tensors: list[Tensor]) -> Edit:
     """The edit of one space, from what the head says of it and its tensors in the order of TENSORS."""
-    k, d = described["rows"], described["width"]
-    rows = dict(zip(TENSORS, tensors, strict=True))
-    for name, tensor in rows.items():
-        expected = (k,) if name == "strengths" else (k, d)
-        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-            raise MismatchError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the head promises {expected} float32: the file is damaged"
-            )
     pack, pack_digest = described["pack"]
     labels = tuple(Label.from_json(entry) for entry in described["labels"])
-    return Edit(labels=labels, pack=pack, pack_digest=pack_digest, **rows)
+    return Edit(labels=labels, pack=pack, pack_digest=pack_digest, **dict(zip(TENSORS, tensors, strict=True)))
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless a file holds exactly these tensors, in float32."""
+    if odd := sorted(set(tensors) ^ set(expected)):
+        raise MismatchError(
+            f"the file's tensors are not those of an erasure ({odd[0]!r} is missing or foreign): expected {', '.join(list(expected)[:8])}"
+        )
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name] or tensor.dtype != torch.float32:
+            raise MismatchError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the head promises {expected[name]} float32: the file is damaged"
+            )
+
+
+def _padded(changes: Factors, reader: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors with zero terms added up to one rank, in the shapes of the layers: loaders guess alpha from the rank."""
+    changes.check({path: matrix(layer(reader, path).weight) for path in changes.paths})
+    rank = max(len(pair.down) for pair in changes.pairs.values())
+    found = {}
+    for path, (down, up) in changes.pairs.items():
+        A, B = down.new_zeros(rank, down.shape[1]), up.new_zeros(len(up), rank)
+        A[: len(down)], B[:, : len(down)] = down, up
+        ends = (1, 1) if layer(reader, path).weight.ndim == 4 else ()
+        found[path] = (A.view(*A.shape, *ends), B.view(*B.shape, *ends))
+    return found
 
 
 def _pair(weight: Tensor, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
@@ -327,9 +387,26 @@ def _pair(weight: Tensor, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
     return A.float(), B.float()
 
 
-def _effect(recipe: Recipe) -> str:
-    return "not measured" if recipe.effect is None else f"{recipe.effect:.3f}"
+def _number(value: float | None, form: str) -> str:
+    return "not measured" if value is None else format(value, form)
 
+
+def _imported(recipe: Recipe) -> str:
+    told = recipe.options
+    return (
+        f"\n{recipe.concept} was imported from `{told['file']}` (sha256 `{told['sha256']}`); {told['error']:.2%} of the change of the "
+        f"weights was lost on the way.\n"
+    )
+
+
+_ATTACHING = {
+    "rows": "Attach it to any Stable Diffusion pipeline with the same text encoder:",
+    "factors": "It changes the weights of one base model. Attach it to pipelines of that model; it is fused into them:",
+}
+_COMPOSING = {
+    "rows": "Attached by this package, several erasures are solved together, exactly. LoRA twins of several only add up, which is not the same.",
+    "factors": "Factors of several erasures, and their LoRA twins, only add up: each was made as if the others were not there.",
+}
 
 _CARD = """---
 library_name: diffusers
@@ -338,7 +415,7 @@ pipeline_tag: text-to-image
 ---
 # Erasure: {names}
 
-A suppression of the text states of: {names}. Attach it to any Stable Diffusion pipeline with the same text encoder:
+A suppression of: {names}. {attaching}
 
 ```python
 from diffusers_erase import load_erasure
@@ -349,8 +426,9 @@ load_erasure(pipe, "this folder or repository")
 | concept | sent to | method | tokens | residual | effect on the bare name |
 |---|---|---|---|---|---|
 {rows}
-
-Preserved: {preserved}. Base pack: {pack}. Rows: {size} bytes. Digest: `{digest}`.
+{imported}
+{content} Digest: `{digest}`.
+{composing}
 
 **Not tested by making this file:** images, paraphrases, attacks, other languages. This is guidance away from a concept by its
 name, not a removal of knowledge from the weights: image prompts, inpainting, textual inversion and tuning can bring it back.

@@ -432,6 +432,26 @@ def _effect(encoder: Encoder, edit: Edit, concept: str) -> float:
     return sum(shares) / len(shares)
 
 
+def original_weights(reader: nn.Module) -> dict[str, Tensor]:
+    """Every weight of `reader` as it is without erasures and without LoRAs, by its name in a plain state dict.
+
+    Raises:
+        EraseError: a LoRA is fused into it.
+    """
+    module = unwrapped(reader)
+    if merged := [path for path, part in module.named_modules() if getattr(part, "merged", False)]:
+        raise EraseError(
+            f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first"
+        )
+    attachment = _attachment(reader)
+    kept = {id(linear.weight): record.base for linear, record in attachment.kept.items()} if attachment else {}
+    return {
+        name.replace(".base_layer.", "."): kept.get(id(weight), weight.detach())
+        for name, weight in module.named_parameters()
+        if "lora_" not in name
+    }
+
+
 def _commit(
     readers: dict[str, nn.Module],
     registry: Registry,

@@ -233,7 +233,7 @@ def _print_adapter(adapter: ErasureAdapter) -> None:
             " + ".join(r.targets) or "the empty prompt",
             r.method,
             r.tokens,
-            f"{r.residual:g}",
+            "not measured" if r.residual is None else f"{r.residual:g}",
             "not measured" if r.effect is None else f"{r.effect:.3f}",
         )
     out.print(table)
@@ -241,6 +241,8 @@ def _print_adapter(adapter: ErasureAdapter) -> None:
         out.print(f"preserved: {', '.join(adapter.edit.preserved)}")
     edit = adapter.edit
     facts = f"base pack {edit.pack}, width {edit.width}, {len(edit.labels)} rows, {adapter.size:,} bytes"
+    if adapter.factors is not None:
+        facts = f"factors of {len(adapter.factors.pairs)} layers, {adapter.size:,} bytes"
     out.print(f"{facts}, digest {adapter.digest[:16]}")
 
 

@@ -62,7 +62,9 @@ class Factors:
                     f"factors of {path} are A [r, in] and B [out, r]: got {tuple(down.shape)} and {tuple(up.shape)}"
                 )
             if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
-                raise EraseError(f"factors hold finite numbers only: found NaN or infinity in {path}; import them again")
+                raise EraseError(
+                    f"factors hold finite numbers only: found NaN or infinity in {path}; import them again"
+                )
         if not all(map(math.isfinite, self.base)):
             raise EraseError("the probes of factors are finite numbers: found NaN or infinity; import them again")
 
@@ -136,7 +138,9 @@ def add(*factors: Factors) -> Factors:
         found = [one.pairs[path] for one in factors if path in one.pairs]
         shapes = {(pair.up.shape[0], pair.down.shape[1]) for pair in found}
         if len(shapes) > 1:
-            raise ConflictError(f"factors for different base models cannot be added: {path} has shapes {sorted(shapes)}")
+            raise ConflictError(
+                f"factors for different base models cannot be added: {path} has shapes {sorted(shapes)}"
+            )
         terms = _terms(found)
         out = found[0].up.shape[0]
         pairs[path] = Pair(terms[:, out:].contiguous(), terms[:, :out].mT.contiguous())

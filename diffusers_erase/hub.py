@@ -35,6 +35,8 @@ WEIGHTS = "erasure.safetensors"
 CONFIG = "erasure_config.json"
 CARD = "README.md"
 LORA = "pytorch_lora_weights.safetensors"
+PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 PACK = "erasure_pack.json"
 """A model folder that holds this file brings its own base pack."""
 
@@ -262,6 +264,46 @@ def model_name(pipe: Any) -> str:
     """What `pipe` was loaded from: a repository's id, or the name of a folder without its place on this machine."""
     source = _source(pipe)
     return Path(source).name if Path(source).exists() else source
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """Another tool's weights, read and not yet understood."""
+
+    name: str
+    """The file's name, without its place on this machine."""
+    sha256: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any] | None
+    """PEFT's `adapter_config.json`, if it lies beside the file."""
+
+
+def read_foreign(source: str | Path) -> Foreign:
+    """The weights in a safetensors file, or in a folder with a LoRA of diffusers or PEFT. Pickles are never opened.
+
+    Raises:
+        EraseError: nothing there, or a pickle.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in (LORA, PEFT) if (path / name).is_file()), path / LORA)
+    if not path.is_file():
+        raise EraseError(f"no weights at {path}: expected a safetensors file, or a folder with {LORA} or {PEFT}")
+    with path.open("rb") as file:
+        start = file.read(9)
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    # torch's files are zip archives or begin with pickle's opcode 0x80; a safetensors file has its JSON from byte 8 on.
+    if path.suffix.lower() in PICKLES or (start.startswith((b"PK", b"\x80")) and start[8:] != b"{"):
+        raise EraseError(
+            f"{path.name} is a pickle, which can run code when it is opened: convert it on a machine that you can lose, with "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'converted.safetensors'), and import that"
+        )
+    tensors, metadata = read_tensors(path)
+    beside = path.parent / PEFT_CONFIG
+    config = _json(beside.read_bytes(), beside) if path.name == PEFT and beside.is_file() else None
+    return Foreign(path.name, sha256, tensors, metadata, config)
 
 
 def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

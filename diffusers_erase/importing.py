@@ -21,7 +21,7 @@ from .attach import effect, original_weights
 from .edits import Edit, Label, Pack
 from .errors import EraseError, MismatchError
 from .factors import Factors, Pair, probe, truncated
-from .sites import layer, layer_names, matrix, sites, text_readers
+from .sites import TEXT, layer, layer_names, matrix, sites, text_readers
 from .text import Encoder
 
 MAP_TOLERANCE = 0.01
@@ -95,11 +95,15 @@ def import_erasure(
         if edit is None:
             pairs, error = _factored(changes, lost, rank, tolerance)
         told["error"] = float(f"{error:.3g}")
-    factors = None if edit is not None else Factors(pairs, tuple(probe(base[path]) for path in sorted(pairs)))
+    factors = (
+        None
+        if edit is not None
+        else Factors(pairs, tuple(probe(matrix(base[f"{path}.weight"])) for path in sorted(pairs)))
+    )
     if factors is not None:
         told["rank"] = max(len(pair.down) for pair in pairs.values())
     return ErasureAdapter(
-        edit=edit or Edit.empty(encoder.width),
+        edits={TEXT: edit} if edit is not None else {},
         factors=factors,
         encoder=encoder.fingerprint(),
         recipes=tuple(_recipe(name, encoder, edit, told, kept) for name in names),
@@ -119,7 +123,7 @@ def _recipe(name: str, encoder: Encoder, edit: Edit | None, told: dict[str, Any]
         tokens="last" if own else TAKEN,
         templates=("{}",) if own else None,
         residual=float(f"{edit.residuals()[name]:.3g}") if edit is not None and own else None,
-        effect=round(effect(encoder, edit, name), 4) if edit is not None and own else None,
+        effect=round(effect(encoder, {TEXT: edit}, name), 4) if edit is not None and own else None,
     )
 
 
@@ -156,7 +160,9 @@ def _changes(
         elif kind == "bias":
             biases[path] = float(change.norm())
         else:
-            raise EraseError(f"the file changes {key} {tuple(new.shape)}: only linear layers and 1×1 convolutions take factors")
+            raise EraseError(
+                f"the file changes {key} {tuple(new.shape)}: only linear layers and 1×1 convolutions take factors"
+            )
     if not changes:
         raise EraseError(
             f"nothing to import: all {len(state) - len(biases)} weights of the file are those of this model; "
@@ -351,7 +357,9 @@ def _pair(reader: nn.Module, path: str, found: Mapping[str, Tensor], scale: Any)
     weight = matrix(layer(reader, path).weight)
     down, up = found["down"], found["up"]
     if any(t.ndim not in (2, 4) or t.shape[2:] not in ((), (1, 1)) for t in (down, up)):
-        raise EraseError(f"the LoRA of {path} is a convolution of {tuple(down.shape)}: expected linear layers and 1×1 convolutions")
+        raise EraseError(
+            f"the LoRA of {path} is a convolution of {tuple(down.shape)}: expected linear layers and 1×1 convolutions"
+        )
     down, up = down.flatten(1).double(), up.flatten(1).double()
     if (up.shape[0], down.shape[1]) != tuple(weight.shape) or down.shape[0] != up.shape[1]:
         raise MismatchError(
@@ -375,7 +383,9 @@ def _scales(file: hub.Foreign) -> Any:
             )
         return lambda path, rank: 1.0
     if config.get("use_dora") or config.get("fan_in_fan_out") or config.get("bias", "none") != "none":
-        raise EraseError(f"{file.name} is no plain LoRA (DoRA, transposed, or with biases): it cannot be held as factors")
+        raise EraseError(
+            f"{file.name} is no plain LoRA (DoRA, transposed, or with biases): it cannot be held as factors"
+        )
 
     def scale(path: str, rank: int) -> float:
         patterns = config.get("alpha_pattern") or {}

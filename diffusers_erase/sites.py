@@ -331,7 +331,9 @@ def layer(reader: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
     try:
         module = _base_layer(unwrapped(reader).get_submodule(path))
     except AttributeError as error:
-        raise EraseError(f"{type(unwrapped(reader)).__name__} has no layer {path!r}: made for another model") from error
+        raise EraseError(
+            f"{type(unwrapped(reader)).__name__} has no layer {path!r}: made for another model"
+        ) from error
     if not _is_matrix(module):
         raise EraseError(f"{path} is {_say_layer(module)}: only linear layers and 1×1 convolutions take factors")
     return module
@@ -351,8 +353,15 @@ def layer_names(reader: nn.Module) -> dict[str, str]:
     found = {}
     blocks = _compvis_blocks(unwrapped(reader))
     for path, module in unwrapped(reader).named_modules():
-        if isinstance(_base_layer(module), (nn.Linear, nn.Conv2d)) and "base_layer" not in path and "lora_" not in path:
-            names = [path, *(theirs + path[len(ours) :] for ours, theirs in blocks.items() if path.startswith(f"{ours}."))]
+        if (
+            isinstance(_base_layer(module), (nn.Linear, nn.Conv2d))
+            and "base_layer" not in path
+            and "lora_" not in path
+        ):
+            names = [
+                path,
+                *(theirs + path[len(ours) :] for ours, theirs in blocks.items() if path.startswith(f"{ours}.")),
+            ]
             found |= dict.fromkeys([path, *(name.replace(".", "_") for name in names)], path)
     return found
 

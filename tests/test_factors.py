@@ -19,7 +19,9 @@ PATHS = {"mid_block.a.to_k": (6, 4), "up.0.to_v": (3, 5), "up.0.proj": (4, 4)}
 def made(seed, paths=tuple(PATHS), rank=2):
     generator = torch.Generator().manual_seed(seed)
     pairs = {
-        p: Pair(torch.randn(rank, PATHS[p][1], generator=generator), torch.randn(PATHS[p][0], rank, generator=generator))
+        p: Pair(
+            torch.randn(rank, PATHS[p][1], generator=generator), torch.randn(PATHS[p][0], rank, generator=generator)
+        )
         for p in paths
     }
     return Factors(pairs, tuple(float(PATHS[p][0]) for p in sorted(paths)))
