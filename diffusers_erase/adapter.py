@@ -294,7 +294,9 @@ class ErasureAdapter:
             k, d = part["rows"], part["width"]
             expected |= {n: (k, d) if not n.endswith("strengths") else (k,) for n in names[space]}
         _check_tensors(tensors, expected)
-        return cls({space: _edit(part, [tensors[n] for n in names[space]]) for space, part in described.items()}, **made)
+        return cls(
+            {space: _edit(part, [tensors[n] for n in names[space]]) for space, part in described.items()}, **made
+        )
 
 
 def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: float | None = 0.2) -> ErasureAdapter:
@@ -404,7 +406,7 @@ _ATTACHING = {
     "factors": "It changes the weights of one base model. Attach it to pipelines of that model; it is fused into them:",
 }
 _COMPOSING = {
-    "rows": "Attached by this package, several erasures are solved together, exactly. LoRA twins of several only add up, which is not the same.",
+    "rows": "Attached by this package, several erasures are solved together, exactly. Their LoRA twins only add up, which is not the same.",
     "factors": "Factors of several erasures, and their LoRA twins, only add up: each was made as if the others were not there.",
 }
 

@@ -444,7 +444,8 @@ def original_weights(reader: nn.Module) -> dict[str, Tensor]:
             f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first"
         )
     attachment = _attachment(reader)
-    kept = {id(linear.weight): record.base for linear, record in attachment.kept.items()} if attachment else {}
+    records = attachment.kept.items() if attachment else ()
+    kept: dict[int, Tensor] = {id(linear.weight): record.base for linear, record in records}
     return {
         name.replace(".base_layer.", "."): kept.get(id(weight), weight.detach())
         for name, weight in module.named_parameters()

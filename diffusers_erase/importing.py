@@ -311,7 +311,8 @@ def _principal(found: SharedMap, names: list[str], sha256: str) -> Edit:
 LORA_KEY = re.compile(
     r"(?P<layer>.+?)(?:\.lora_(?P<peft>[AB])(?:\.\w+)?|\.lora_(?P<kohya>down|up)|[._]lora(?:_linear_layer)?\.(?P<old>down|up))\.weight"
 )
-"""PEFT and diffusers: `x.lora_A.weight`; kohya and SPM: `x.lora_down.weight`; diffusers before PEFT: `x.lora.down.weight`, `x_lora.down.weight`."""
+"""PEFT and diffusers: `x.lora_A.weight`; kohya and SPM: `x.lora_down.weight`; diffusers before PEFT: `x.lora.down.weight`,
+`x_lora.down.weight`."""
 
 PREFIXES = ("unet.base_model.model.", "base_model.model.", "unet.", "lora_unet_")
 

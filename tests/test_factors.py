@@ -40,14 +40,12 @@ def test_adding_is_a_semilattice(a, b, c):
     assert add(a, a).digest == add(a).digest == a.digest
     assert add(add(a, b), c).digest == add(a, add(b, c)).digest
     assert add(add(a, b), a).digest == add(a, b).digest
-    assert a.digest == b.digest or add(a, b).digest not in (a.digest, b.digest)
 
 
 @settings(deadline=None, max_examples=25)
 @given(factors(), factors())
 def test_the_sum_changes_each_layer_by_both(a, b):
-    if a.digest == b.digest:
-        return
+    b = b.softened(0.5)  # no term of one is a term of the other
     both = add(a, b)
     assert set(both.paths) == set(a.paths) | set(b.paths)
     for path in both.paths:

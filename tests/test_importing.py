@@ -262,6 +262,8 @@ def test_a_safetensors_file_is_not_taken_for_a_pickle(sd1, tmp_path, size):
 
 # --- LoRAs ---
 
+CONV_IN = ("lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.lora_up.weight")
+
 
 def layers(unet):
     """Every linear layer and 1×1 convolution inside the transformers, as SPM and LECO train them."""
@@ -407,7 +409,10 @@ def test_compvis_names_of_kohya_files(sd1, tmp_path):
         (lambda s, k: s | {"lora_unet_nowhere.lora_down.weight": torch.ones(1, 2)}, "no such layer"),
         (lambda s, k: {n: t for n, t in s.items() if n != f"{k}.lora_up.weight"}, "not whole"),
         (lambda s, k: s | {f"{k}.lora_down.weight": torch.ones(2, 7)}, "another base model"),
-        (lambda s, k: s | {"lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": torch.ones(32, 2, 1, 1)}, "convolution of 3×3"),
+        (
+            lambda s, k: s | dict(zip(CONV_IN, (torch.ones(2, 4, 3, 3), torch.ones(32, 2, 1, 1)), strict=True)),
+            "convolution of 3×3",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_lora_is_refused(sd1, tmp_path, change, told):
