@@ -276,6 +276,10 @@ def load_erasure(
         raise EraseError(
             "no erasure given: expected a folder, a file, a repository, an ErasureAdapter, or a list of them"
         )
+    if factors := [a for a in adapters if a.kind == "factors"]:
+        raise EraseError(
+            f"the erasure of {', '.join(factors[0].concepts)} is factors, which this version does not attach yet: use its LoRA twin"
+        )
     names = _names(adapters, adapter_name, registry.entries)
     for adapter in adapters:
         _check_width(adapter, readers)
@@ -430,27 +434,6 @@ def _effect(encoder: Encoder, edit: Edit, concept: str) -> float:
         e, D = states[edit.labels[i].role].float(), edit.offsets[i].float()
         shares.append(float((mapping(e) - e) @ D / (D @ D)))
     return sum(shares) / len(shares)
-
-
-def original_weights(reader: nn.Module) -> dict[str, Tensor]:
-    """Every weight of `reader` as it is without erasures and without LoRAs, by its name in a plain state dict.
-
-    Raises:
-        EraseError: a LoRA is fused into it.
-    """
-    module = unwrapped(reader)
-    if merged := [path for path, part in module.named_modules() if getattr(part, "merged", False)]:
-        raise EraseError(
-            f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first"
-        )
-    attachment = _attachment(reader)
-    records = attachment.kept.items() if attachment else ()
-    kept: dict[int, Tensor] = {id(linear.weight): record.base for linear, record in records}
-    return {
-        name.replace(".base_layer.", "."): kept.get(id(weight), weight.detach())
-        for name, weight in module.named_parameters()
-        if "lora_" not in name
-    }
 
 
 def _commit(

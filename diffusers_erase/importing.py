@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from . import hub, solve
 from .adapter import ErasureAdapter, Recipe
-from .attach import effect, original_weights
+from .attach import effect
 from .edits import Edit, Label, Pack
 from .errors import EraseError, MismatchError
 from .factors import Factors, Pair, probe, truncated
-from .sites import TEXT, layer, layer_names, matrix, sites, text_readers
+from .sites import ATTRIBUTE, TEXT, layer, layer_names, matrix, sites, text_readers, unwrapped
 from .text import Encoder
 
 MAP_TOLERANCE = 0.01
@@ -130,6 +130,25 @@ def _recipe(name: str, encoder: Encoder, edit: Edit | None, told: dict[str, Any]
 # --- full matrices ---
 
 
+def original_weights(reader: nn.Module) -> dict[str, Tensor]:
+    """Every weight of `reader` as it is without erasures and without LoRAs, by its name in a plain state dict.
+
+    Raises:
+        EraseError: a LoRA is fused into it.
+    """
+    module = unwrapped(reader)
+    if merged := [path for path, part in module.named_modules() if getattr(part, "merged", False)]:
+        raise EraseError(f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first")
+    attachment = getattr(module, ATTRIBUTE, None)
+    records = attachment.kept.items() if attachment else ()
+    kept: dict[int, Tensor] = {id(linear.weight): record.base for linear, record in records}
+    return {
+        name.replace(".base_layer.", "."): kept.get(id(weight), weight.detach())
+        for name, weight in module.named_parameters()
+        if "lora_" not in name
+    }
+
+
 def _changes(
     reader: nn.Module, base: Mapping[str, Tensor], tensors: Mapping[str, Tensor], drop_biases: bool
 ) -> tuple[dict[str, Tensor], float]:
@@ -144,8 +163,8 @@ def _changes(
                 f"the file has {key} {tuple(new.shape)}, this model {found}: expected full matrices of the same base model's UNet "
                 f"under diffusers' names"
             )
-        if not bool(new.isfinite().all()):
-            raise EraseError(f"the file holds NaN or infinity in {key}: nothing can be imported from it")
+        if not (new.is_floating_point() and old.is_floating_point() and bool(new.isfinite().all())):
+            raise EraseError(f"{key} holds NaN, infinity or no floating numbers: only plain finite weights can be compared")
         old = old.detach().cpu()
         coarse = min(old.dtype, new.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
         if torch.equal(old.to(coarse), new.to(coarse)):

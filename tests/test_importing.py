@@ -226,6 +226,7 @@ def test_wrong_bases_and_unedited_files_are_refused(sd1, tokenizer, tmp_path):
         (lambda s: s | {"conv_in.weight": torch.ones(32, 4, 3, 3)}, "convolution of 3×3"),
         (lambda s: s | {"conv_norm_out.weight": torch.zeros(32)}, "only linear layers"),
         (lambda s: {k: w * float("nan") for k, w in s.items()}, "NaN"),
+        (lambda s: {k: w.int() for k, w in s.items()}, "no floating"),
     ],
 )
 def test_what_no_adapter_can_hold_is_refused(sd1, tmp_path, change, told):
@@ -463,3 +464,11 @@ def test_imported_adapters_are_saved_with_their_provenance(sd1, tmp_path):
         sha256 = hashlib.sha256((tmp_path / f"{name}.safetensors").read_bytes()).hexdigest()
         assert f"{name}.safetensors" in card and sha256 in card and "Not tested" in card
         assert str(tmp_path) not in card + (tmp_path / name / "erasure_config.json").read_text("utf-8")
+
+
+def test_what_cannot_be_attached_yet_is_refused(sd1, tmp_path):
+    esd_file(sd1, tmp_path / "esd.safetensors")
+    before = forward(sd1)
+    with pytest.raises(EraseError, match="factors"):
+        load_erasure(sd1, import_erasure(sd1, tmp_path / "esd.safetensors", "cat", rank=2))
+    assert torch.equal(forward(sd1), before)
