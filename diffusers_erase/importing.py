@@ -138,12 +138,14 @@ def original_weights(reader: nn.Module) -> dict[str, Tensor]:
     """
     module = unwrapped(reader)
     if merged := [path for path, part in module.named_modules() if getattr(part, "merged", False)]:
-        raise EraseError(f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first")
+        raise EraseError(
+            f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first"
+        )
     attachment = getattr(module, ATTRIBUTE, None)
     records = attachment.kept.items() if attachment else ()
     kept: dict[int, Tensor] = {id(linear.weight): record.base for linear, record in records}
     return {
-        name.replace(".base_layer.", "."): kept.get(id(weight), weight.detach())
+        name.replace(".base_layer.", "."): kept[id(weight)] if id(weight) in kept else weight.detach()
         for name, weight in module.named_parameters()
         if "lora_" not in name
     }
@@ -164,7 +166,9 @@ def _changes(
                 f"under diffusers' names"
             )
         if not (new.is_floating_point() and old.is_floating_point() and bool(new.isfinite().all())):
-            raise EraseError(f"{key} holds NaN, infinity or no floating numbers: only plain finite weights can be compared")
+            raise EraseError(
+                f"{key} holds NaN, infinity or no floating numbers: only plain finite weights can be compared"
+            )
         old = old.detach().cpu()
         coarse = min(old.dtype, new.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
         if torch.equal(old.to(coarse), new.to(coarse)):

@@ -202,7 +202,8 @@ HEADS = {
     "version 2": (lambda h: h | {"format": 2}, "format 2, this version reads 1"),
     "no version": (lambda h: {k: v for k, v in h.items() if k != "format"}, "format None"),
     "version as text": (lambda h: h | {"format": "1"}, "format '1'"),
-    "another kind": (lambda h: h | {"kind": "factors"}, "'factors'"),
+    "another kind": (lambda h: h | {"kind": "maps"}, "'maps'"),
+    "the other kind": (lambda h: h | {"kind": "factors"}, "lacks or garbles"),
     "a label's concept": (
         lambda h: h | {"labels": [["boat", *h["labels"][0][1:]], *h["labels"][1:]]},
         "changed after it was saved",
