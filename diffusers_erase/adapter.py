@@ -18,7 +18,7 @@ from . import edits, factors, hub
 from .edits import Edit, Label
 from .errors import ConflictError, EraseError, MismatchError
 from .factors import Factors, Pair
-from .sites import ATTRIBUTE, TEXT, layer, matrix, sites, text_readers, unwrapped, widths
+from .sites import ATTRIBUTE, TEXT, family_of, kohya_name, layer, matrix, sites, text_readers, unwrapped, widths
 from .text import Fingerprint
 from .version import __version__
 
@@ -169,15 +169,17 @@ class ErasureAdapter:
     def to_lora(self, model: Any) -> dict[str, Tensor]:
         """This erasure as a LoRA for stock diffusers: `pipe.load_lora_weights(adapter.to_lora(pipe))`.
 
-        Rank = moving rows, or the largest rank of its factors (others are padded with zeros); alpha = rank. A twin is the
+        Rank = moving rows, or the largest rank of its factors (others are padded with zeros); alpha = rank. Rows of every space
+        are covered, SDXL's pooled ones by `add_embedding.linear_1`. A twin is the
         linear part of a gated adapter; twins of several adapters add up instead of being solved together; and stock LoRA calls
         can switch them off: `load_erasure` has none of these limits.
 
         Args:
-            model: the pipeline, or its UNet, whose `to_k` and `to_v` weights the factors are made for.
+            model: the pipeline, or its denoiser, whose weights the factors are made for.
         """
+        prefix = family_of(_denoiser(model)).denoiser
         return {
-            f"unet.{path}.{part}.weight": tensor
+            f"{prefix}.{path}.{part}.weight": tensor
             for path, pair in self._twin(model).items()
             for part, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
         }
@@ -186,7 +188,7 @@ class ErasureAdapter:
         """The LoRA twin under kohya's names (`lora_unet_…lora_down.weight`, `.lora_up.weight`, `.alpha`)."""
         state = {}
         for path, (down, up) in self._twin(model).items():
-            name = f"lora_unet_{path.replace('.', '_')}"
+            name = kohya_name(path)
             state |= {
                 f"{name}.lora_down.weight": down,
                 f"{name}.lora_up.weight": up,
@@ -222,7 +224,7 @@ class ErasureAdapter:
 
     def _twin(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """A `[r, in]` and B `[o, r]` of every layer, float32, contiguous, one rank r for all; of rows B = W Dᵀ at every site."""
-        reader = next(iter(text_readers(model).values())) if not isinstance(model, nn.Module) else model
+        reader = _denoiser(model)
         attachment = getattr(unwrapped(reader), ATTRIBUTE, None)
         if attachment is not None and attachment.kept:
             raise EraseError(
@@ -337,6 +339,10 @@ def _same_rows(one: Mapping[str, Edit], other: Mapping[str, Edit], concept: str)
     return all(
         space in one and one[space].only(concept).digest == edit.only(concept).digest for space, edit in other.items()
     )
+
+
+def _denoiser(model: Any) -> nn.Module:
+    return model if isinstance(model, nn.Module) else next(iter(text_readers(model).values()))
 
 
 def _describe(edit: Edit) -> dict[str, Any]:

@@ -637,7 +637,7 @@ def _check_width(adapter: ErasureAdapter, readers: dict[str, nn.Module]) -> None
         if wrong := [space for space, width in made.items() if widths(reader).get(space) != width]:
             raise MismatchError(
                 f"the adapter edits {wrong[0]} states of width {made[wrong[0]]}, {name} reads width {widths(reader).get(wrong[0])}: it was "
-                f"made for another base model; erase the concept again on this one"
+                f"made for another base model; erase the concept again on this one (an SDXL refiner needs its own adapter)"
             )
 
 
@@ -669,10 +669,15 @@ def _notes(readers: dict[str, nn.Module], registry: Registry, bare: set[str]) ->
             yield f"{name} was loaded with strict=False and does not match this pipeline's text encoder"
         if registry.fused and any(label.gate for label in entry.adapter.edit.labels):
             yield f"{name} has a gate, which exists only as a map: its fused form is the linear part"
-        for space in family_of(denoiser).spaces.keys() - entry.adapter.edits.keys():
+        bare_spaces = (
+            family_of(denoiser).spaces.keys() - entry.adapter.edits.keys() if entry.adapter.kind == "rows" else ()
+        )
+        for space in bare_spaces:
             yield f"{name} does not act on {space} states, which this model reads too: its concepts come through by them"
     if bare:
         yield f"not attached to {', '.join(sorted(bare))}: call enable_erasure() on this pipeline"
+    if (family := family_of(denoiser)).experimental:
+        yield f"{family.name} is experimental: given embeddings are mapped where they enter, nothing was measured on pictures"
     if reads_images(denoiser):
         yield "an IP-Adapter is loaded: a concept in an image prompt is not seen by a text-side erasure"
 

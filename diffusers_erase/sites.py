@@ -157,6 +157,19 @@ def with_text(
     return args, kwargs
 
 
+def kohya_name(path: str) -> str:
+    """A site's name in kohya's LoRA files; SDXL's added embedding goes by the name that it has in the original checkpoint.
+
+    Raises:
+        EraseError: the site is in a transformer, whose layers these files merge and split.
+    """
+    if "context_embedder" in path or "time_text_embed" in path:
+        raise EraseError(
+            "kohya's files have other layers for this model: use the LoRA twin of diffusers, to_lora(pipe)"
+        )
+    return "lora_unet_" + {"add_embedding.linear_1": "label_emb_0_0"}.get(path, path.replace(".", "_"))
+
+
 def feeds_controlnet(kwargs: Mapping[str, Any]) -> bool:
     """Whether this denoiser call carries a ControlNet's residuals (its adapters' kind, T2I, reads no text)."""
     return any(kwargs.get(name) is not None for name in CONTROL_ARGUMENTS)

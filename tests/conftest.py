@@ -70,29 +70,45 @@ def make_unet(width, seed=0, **changes):
     ).eval()
 
 
-def make_pipe(tokenizer, width=32, seed=0, family="sd1"):
-    """A StableDiffusionPipeline of SD 1.x's shape, or with `family="sd2"` of SD 2.x's (linear projections, per-level heads)."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
+def text_config(tokenizer, width, act="quick_gelu", **more):
+    from transformers import CLIPTextConfig
 
-    torch.manual_seed(seed)
     vocabulary = len(tokenizer)
-    text = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=77, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
-        hidden_act="quick_gelu" if family == "sd1" else "gelu",
+        hidden_act=act, **more,
     )  # fmt: skip
-    encoder = CLIPTextModel(text).eval()
-    with torch.no_grad():  # initial weights are so small that all states are alike: spread them as training does
+
+
+def spread(encoder):
+    """Initial weights are so small that all states are alike: spread them as training does."""
+    with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if "embedding" in name:
                 parameter.mul_(25)
             elif parameter.ndim == 2:
                 parameter.mul_(4)
-    vae = AutoencoderKL(
+    return encoder.eval()
+
+
+def make_vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, sample_size=16, norm_num_groups=8,
     ).eval()  # fmt: skip
+
+
+def make_pipe(tokenizer, width=32, seed=0, family="sd1"):
+    """A StableDiffusionPipeline of SD 1.x's shape, or with `family="sd2"` of SD 2.x's (linear projections, per-level heads)."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    encoder = spread(CLIPTextModel(text_config(tokenizer, width, "quick_gelu" if family == "sd1" else "gelu")))
+    vae = make_vae()
     changes = {"use_linear_projection": True, "attention_head_dim": (4, 8)} if family == "sd2" else {}
     unet = make_unet(width, seed, **changes)
     pipe = StableDiffusionPipeline(
@@ -101,6 +117,43 @@ def make_pipe(tokenizer, width=32, seed=0, family="sd1"):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_sdxl(tokenizer, tokenizer_2, seed=0, refiner=False, widths=(32, 48)):
+    """A StableDiffusionXLPipeline: two encoders side by side, pooled text, time ids. With `refiner` its second stage: one encoder."""
+    from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    first, second = widths
+    parts = {
+        "text_encoder_2": spread(CLIPTextModelWithProjection(text_config(tokenizer_2, second, "gelu", projection_dim=second))),
+        "text_encoder": None if refiner else spread(CLIPTextModel(text_config(tokenizer, first))),
+        "vae": make_vae(),
+    }  # fmt: skip
+    unet = make_unet(
+        second if refiner else first + second, seed, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=second + 8 * (5 if refiner else 6), use_linear_projection=True, attention_head_dim=(4, 8),
+    )  # fmt: skip
+    pipe = (StableDiffusionXLImg2ImgPipeline if refiner else StableDiffusionXLPipeline)(
+        **parts, unet=unet, tokenizer=None if refiner else tokenizer, tokenizer_2=tokenizer_2, scheduler=DDIMScheduler(),
+        add_watermarker=False, **({"requires_aesthetics_score": True} if refiner else {}),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tokenizer_2(tmp_path_factory):
+    """SDXL's second tokenizer pads with another token."""
+    tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer_2"))
+    tokenizer.pad_token = ","
+    return tokenizer
+
+
+@pytest.fixture
+def sdxl(tokenizer, tokenizer_2):
+    return make_sdxl(tokenizer, tokenizer_2)
 
 
 @pytest.fixture(params=["sd1", "sd2"])
