@@ -1,6 +1,8 @@
 """The command line: parse, call, print. The only file that prints; bad input is one line and exit code 2."""
 
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,7 +178,7 @@ def demo(
     from .bench.demo import demo_suite
 
     with out.status("loading emoji-sd"):
-        pipe, judge = _pipeline(EMBEDDED), world.judge()
+        pipe, judges = _pipeline(EMBEDDED), _judges(EMBEDDED)
     suite = demo_suite(concept)
     with out.status("erasing"):
         adapter = erase_concepts(
@@ -184,14 +186,79 @@ def demo(
             templates=world.style_contexts() if concept in world.STYLES else None,
         )  # fmt: skip
     saved = adapter.save_pretrained(folder / "adapter", model=pipe)
-    with _progress("drawing before and after", 2 * len(suite.selected([concept]).prompts)) as advance:
-        report = bench.evaluate(pipe, adapter, suite, judge, folder / "pictures", on_picture=advance)
-    page = report.save(folder)
-    table = Table("share of pictures", "value", "95 % interval", "n", box=None, pad_edge=False)
-    for name, e in report.estimates.items():
-        table.add_row(name, f"{e.value:.0%}", f"{e.low:.0%} – {e.high:.0%}", str(e.n))
-    out.print(table)
+    command = f"diffusers-erase demo --concept {shlex.quote(concept)} --out {shlex.quote(str(folder))}"
+    with _progress("drawing before and after", 2 * len(suite.prompts)) as advance:
+        report = bench.evaluate(
+            pipe,
+            {concept: adapter},
+            suite,
+            judges,
+            folder / "pictures",
+            model=EMBEDDED,
+            command=command,
+            on_picture=advance,
+        )
+    _print_report(report, report.save(folder))
     out.print(f"adapter: {saved} ({adapter.size:,} bytes of rows)")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    suite: Annotated[str, typer.Option(help="A suite's name or JSON file; an unknown one lists those that ship.")],
+    folder: Out,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An erasure to try: PATH or NAME=PATH; repeat for more, each is tried alone."),
+    ] = None,
+    control: Annotated[bool, typer.Option(help="Try nothing as well: the control, where nothing is erased.")] = False,
+    concept: Annotated[
+        list[str] | None, typer.Option(help="What to judge, if not what each adapter erases; repeat for more.")
+    ] = None,
+    partial: Annotated[bool, typer.Option(help="Draw nothing, report what is there.")] = False,
+) -> None:
+    """Draw a suite with MODEL without and with each adapter, judge the pictures, and write a report."""
+    from . import bench
+
+    adapters: dict[str, ErasureAdapter | None] = dict(_named_adapter(text) for text in adapter or ())
+    if len(adapters) < len(adapter or ()):
+        raise EraseError("two adapters have one name: give names of your own, --adapter NAME=PATH")
+    if control:
+        adapters["no edit"] = None
+    pipe, judges, asked = _pipeline(model), _judges(model), bench.load_suite(suite)
+    tries = bench.planned(pipe, adapters, asked, judges, tuple(concept or ()))
+    with _progress("drawing before and after", sum(2 * len(each.suite.prompts) for each in tries)) as advance:
+        report = bench.evaluate(
+            pipe, adapters, asked, judges, folder / "pictures", concepts=tuple(concept or ()), partial=partial,
+            model=model, command=shlex.join(["diffusers-erase", *sys.argv[1:]]), on_picture=advance,
+        )  # fmt: skip
+    _print_report(report, report.save(folder))
+
+
+def _named_adapter(text: str) -> tuple[str, ErasureAdapter]:
+    """`NAME=PATH`, or a path, whose last part is the name."""
+    name, _, path = text.rpartition("=")
+    return name or Path(path).resolve().name, ErasureAdapter.from_pretrained(path)
+
+
+def _judges(model: str) -> Any:
+    """Who finds each aspect of the suite's prompts."""
+    from .bench import judges
+
+    if model != EMBEDDED:
+        raise EraseError(f"no judge for {model!r}")
+    return {"shows": judges.emoji_objects(), "style": judges.emoji_styles()}
+
+
+def _print_report(report: Any, page: Path) -> None:
+    for trial in report.trials:
+        table = Table(trial.name, "", "share", "95 % interval", "n", box=None, pad_edge=False)
+        for d in trial.dimensions:
+            share = d.share
+            table.add_row(
+                d.title, d.verdict, f"{share.value:.0%}", f"{share.low:.0%} – {share.high:.0%}", str(share.n)
+            )
+        out.print(table)
     out.print(f"look at: {page}")
 
 

@@ -1,56 +1,18 @@
-"""Metrics are pure, pictures are paired and resumed, the page holds what was seen."""
+"""Evaluating on a tiny pipeline: pairs, several adapters against one base, shards, and everything that is refused beforehand."""
 
-import html.parser
 import json
-import math
 
 import pytest
 from conftest import bits, same_bits
-from PIL import Image
 
 from diffusers_erase import bench, erase, load_erasure
-from diffusers_erase.bench import images
-from diffusers_erase.bench.metrics import Estimate, share_kept
+from diffusers_erase.bench.judges import by_function
+from diffusers_erase.bench.plan import Shard
 from diffusers_erase.bench.suites import Prompt, Settings, Suite
 from diffusers_erase.errors import EraseError
 
 
-def test_wilson_interval_is_the_root_of_its_definition():
-    """Its ends are the p with |k/n − p| = z √(p(1 − p)/n)."""
-    for hits, n in ((3, 4), (0, 20), (20, 20), (37, 90)):
-        e = Estimate.of_share([True] * hits + [False] * (n - hits))
-        for p in (e.low, e.high):
-            assert math.isclose(abs(hits / n - p), 1.959963984540054 * math.sqrt(p * (1 - p) / n), abs_tol=1e-9)
-        assert e.low <= e.value <= e.high and e.n == n
-
-
-def test_no_pictures_is_no_value():
-    e = Estimate.of_share([])
-    assert math.isnan(e.value) and (e.low, e.high, e.n) == (0.0, 1.0, 0)
-
-
-def test_only_what_was_right_before_counts():
-    kept = share_kept(["cat", "cat", "dog", "dog"], ["cat", "dog", "dog", "dog"], ["cat", "cat", "cat", "dog"])
-    assert (kept.value, kept.n) == (2 / 3, 3)
-
-
-class ByColour:
-    """A judge of the real interface: names a picture by its brightness, so it needs no training."""
-
-    def objects(self, pictures):
-        return [self.answer if self._mean(p) > self.threshold else "dog" for p in pictures]
-
-    def styles(self, pictures):
-        return ["photo"] * len(pictures)
-
-    def __init__(self, threshold, answer="cat"):
-        self.threshold, self.answer = threshold, answer
-
-    def _mean(self, picture):
-        return sum(picture.convert("L").histogram()[i] * i for i in range(256)) / (picture.width * picture.height)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def suite():
     drawn = [Prompt("a photo of a cat", seed, "cat", "photo") for seed in (0, 1)]
     drawn += [Prompt("a photo of a wolf", 0, "wolf", "photo"), Prompt("a photo of a boat", 0, "boat", "photo")]
@@ -59,72 +21,102 @@ def suite():
     )
 
 
-def test_pictures_are_drawn_once_and_a_killed_run_goes_on(sd1, suite, tmp_path):
-    counted = []
-    paths = images.generate(sd1, suite, tmp_path, counted.append)
-    assert sum(counted) == len(suite.prompts) == len(set(paths))
-    first = [p.read_bytes() for p in paths]
-    times = [p.stat().st_mtime_ns for p in paths]
-    paths[1].unlink()
-    (tmp_path / ".left-over").write_bytes(b"of a killed run")
-    assert images.generate(sd1, suite, tmp_path) == paths
-    assert [p.stat().st_mtime_ns for i, p in enumerate(paths) if i != 1] == [t for i, t in enumerate(times) if i != 1]
-    difference = max(abs(a - b) for a, b in zip(*(Image.open(p).tobytes() for p in (paths[1], paths[1])), strict=True))
-    assert difference == 0 and len(first[1]) == len(paths[1].read_bytes())
+def always(label, labels=("cat", "wolf", "boat")):
+    return by_function(lambda images: [label] * len(images), name=f"always {label}", version="1", labels=labels)
 
 
-def test_evaluate_leaves_the_pipe_as_it_was_and_reports(sd1, suite, tmp_path):
+@pytest.fixture
+def judges():
+    return {"shows": always("cat"), "style": always("photo", ("photo",))}
+
+
+def shares(trial):
+    return {(d.part.name, d.part.aspect): (d.share.value, d.share.n) for d in trial.dimensions if d.share.n}
+
+
+def test_evaluate_leaves_the_pipe_as_it_was_and_reports(sd1, suite, judges, tmp_path):
     before = bits(sd1.unet)
-    report = bench.evaluate(sd1, erase(sd1, "cat", target="dog"), suite, ByColour(0), tmp_path / "pictures")
+    report = bench.evaluate(sd1, erase(sd1, "cat", target="dog"), suite, judges, tmp_path)
     assert same_bits(sd1.unet, before) and not sd1.unet._forward_pre_hooks
-    assert set(report.estimates) == {"concept left", "other aspect kept in the concept's pictures", "styles kept"}
-    assert report.estimates["concept left"].n == 2
-    assert any(a.read_bytes() != b.read_bytes() for a, b in report.pictures)  # control: something was drawn otherwise
+    [trial] = report.trials
+    assert shares(trial) == {
+        ("efficacy", "shows"): (1.0, 2), ("across/inside", "style"): (1.0, 2), ("across/outside", "style"): (1.0, 2)
+    }  # fmt: skip
+    assert any(a.read_bytes() != b.read_bytes() for a, b in trial.pictures)  # control: something was drawn otherwise
 
 
-def test_evaluate_wants_an_unedited_pipe(sd1, suite, tmp_path):
+def test_adapters_are_tried_alone_against_one_base(sd1, suite, judges, tmp_path):
+    tried = {"to dog": erase(sd1, "cat", target="dog"), "to nothing": erase(sd1, "cat"), "no edit": None}
+    report = bench.evaluate(sd1, tried, suite, judges, tmp_path)
+    first, second, control = report.trials
+    assert [before for before, _ in first.pictures] == [before for before, _ in second.pictures]
+    assert all(a == b for a, b in control.pictures) and control.concepts == ("cat",)
+    assert len(list(tmp_path.glob("*.png"))) == 3 * len(suite.prompts)
+    assert {key[:2] for key in report.comparisons} == {("to dog", "to nothing")}
+    alone = bench.evaluate(sd1, {"to nothing": tried["to nothing"]}, suite, judges, tmp_path / "alone")
+    assert [after.read_bytes() for _, after in alone.trials[0].pictures] == [
+        after.read_bytes() for _, after in second.pictures
+    ]
+
+
+def test_a_judge_that_fails_never_makes_a_concept_gone(sd1, suite, tmp_path):
+    def broken(images):
+        raise ValueError("no weights")
+
+    judges = {"shows": by_function(broken, name="broken", version="1")}
+    [trial] = bench.evaluate(sd1, erase(sd1, "cat"), suite, judges, tmp_path).trials
+    efficacy = trial.dimensions[0]
+    assert efficacy.share.n == 0 and efficacy.share.coverage == 0 and efficacy.verdict == "not known"
+    assert {pair.outcome for pair in trial.pairs(efficacy.part)} == {"unknown"}
+
+
+def test_shards_do_the_work_of_one(sd1, judges, tmp_path):
+    many = tuple(Prompt("a photo of a cat", seed, "cat", "photo") for seed in range(20))
+    suite = Suite("many", "1", "this test", "Apache-2.0", many, {}, Settings(1, 1.0))
+    adapter = erase(sd1, "cat")
+    tries = bench.planned(sd1, adapter, suite, judges)
+    bench.work(sd1, tries, judges, tmp_path / "shards", Shard(0, 2))
+    half = bench.evaluate(sd1, adapter, suite, judges, tmp_path / "shards", partial=True).trials[0].dimensions[0].share
+    assert 0 < half.coverage < 1 and half.n == 16
+    bench.work(sd1, tries, judges, tmp_path / "shards", Shard(1, 2))
+    merged = bench.evaluate(sd1, adapter, suite, judges, tmp_path / "shards", partial=True).to_json()
+    whole = bench.evaluate(sd1, adapter, suite, judges, tmp_path / "whole").to_json()
+    assert merged | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_what_cannot_work_is_refused_before_a_picture_is_drawn(sd1, suite, judges, tmp_path):
+    adapter = erase(sd1, "cat")
+    cases = [
+        ({"concepts": ("unicorn",)}, "does not know 'unicorn': it knows cat, wolf, boat, photo"),
+        ({"adapters": {}}, "nothing to evaluate"),
+        ({"adapters": {"no edit": None}}, "say what to judge"),
+        ({"judges": {"shows": always("cat", ("cat", "wolf"))}}, "no label 'boat'"),
+        ({"judges": {"style": always("photo", ("photo",))}}, "no judge can say whether cat is seen"),
+        ({"judges": {"mood": always("sad", ("sad",))}}, "a judge of 'mood'"),
+    ]
+    for change, said in cases:
+        given = {"adapters": adapter, "suite": suite, "judges": judges, "folder": tmp_path} | change
+        with pytest.raises(EraseError, match=said):
+            bench.evaluate(sd1, **given)
     load_erasure(sd1, erase(sd1, "boat"))
     with pytest.raises(EraseError, match="carries erasures already"):
-        bench.evaluate(sd1, erase(sd1, "cat"), suite, ByColour(0), tmp_path)
+        bench.evaluate(sd1, adapter, suite, judges, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.pictures, self.linked, self.text = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if tag == "img":
-            self.pictures.append(attrs["src"])
-        if tag in ("script", "link") and not attrs.get("href", "data:").startswith("data:"):
-            self.linked.append(attrs)
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_the_page_is_whole_and_self_contained(sd1, suite, tmp_path):
-    report = bench.evaluate(sd1, erase(sd1, "cat", target="dog"), suite, ByColour(0), tmp_path / "pictures")
-    page = Page()
-    page.feed(report.save(tmp_path / "out").read_text())
-    assert len(page.pictures) == 2 * len(suite.prompts) and all(
-        p.startswith("data:image/png;base64,") for p in page.pictures
+def test_an_evaluation_is_one_folder_that_says_how_to_do_it_again(sd1, suite, judges, tmp_path):
+    report = bench.evaluate(
+        sd1,
+        erase(sd1, "cat"),
+        suite,
+        judges,
+        tmp_path / "pictures",
+        model="tiny",
+        command="diffusers-erase evaluate tiny",
     )
-    assert not page.linked and "$" not in "".join(page.text)
-    data = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert data["estimates"]["concept left"]["n"] == 2 and len(data["cases"]) == len(suite.prompts)
-
-
-def test_the_worst_pairs_come_first(suite, tmp_path):
-    judged = (
-        bench.Judged(("cat", "cat", "wolf", "boat"), ("photo",) * 4),
-        bench.Judged(("dog", "cat", "wolf", "dog"), ("photo",) * 4),
-    )
-    picture = tmp_path / "p.png"
-    Image.new("RGB", (4, 4)).save(picture)
-    report = bench.Report(suite, ("cat",), *judged, ((picture, picture),) * 4, {})
-    section = report._section(report._shown()[0])
-    assert section.index('class="bad"') < section.index('class="good"')
-    assert report.estimates["concept left"].value == 0.5 and report.estimates["unrelated kept"].value == 0
-    assert report.estimates["neighbours kept"].value == 1
+    assert report.save(tmp_path) == tmp_path / "index.html"
+    assert {p.name for p in tmp_path.iterdir()} == {"index.html", "report.json", "results.md", "pictures"}
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["command"] == "diffusers-erase evaluate tiny" and told["suite"]["digest"] == suite.digest
+    assert told["trials"][0]["adapter"]["recipes"][0]["concept"] == "cat"
+    assert "diffusers-erase evaluate tiny" in (tmp_path / "results.md").read_text()

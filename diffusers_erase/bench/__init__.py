@@ -1,34 +1,33 @@
 """Judging an erasure by pictures: suite → plan → paired pictures → judges → metrics → report.
 
-    report = evaluate(pipe, erase(pipe, "cat"), load_suite("emoji"), judges, "evaluation")
-    report.save("evaluation")                              # index.html, report.json, results.md
+report = evaluate(pipe, erase(pipe, "cat"), load_suite("emoji"), judges, "evaluation")
+report.save("evaluation")                              # index.html, report.json, results.md
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..adapter import ErasureAdapter
 from ..attach import erasure_status, load_erasure, unload_erasure
 from ..errors import EraseError
-from . import images
+from . import images, parts
 from .judges import Judge, Verdict, verdicts
 from .metrics import Estimate, share_kept
-from .plan import Plan
+from .plan import WHOLE, Plan, Shard
 from .report import Report, Trial, made_now
 from .suites import ASPECTS, Part, Prompt, Settings, Suite, load_suite
 
 __all__ = [
-    "Estimate", "Judge", "Part", "Prompt", "Report", "Settings", "Suite", "Trial", "Verdict", "evaluate", "load_suite", "share_kept",
+    "Estimate", "Judge", "Part", "Prompt", "Report", "Settings", "Suite", "Trial", "Verdict",
+    "evaluate", "load_suite", "planned", "share_kept", "work",
 ]  # fmt: skip
 
 Adapters = ErasureAdapter | Mapping[str, ErasureAdapter | None]
-
-LOOK = 64
-"""Pictures that are in memory at a time, while they are judged."""
 
 
 def evaluate(
@@ -39,18 +38,21 @@ def evaluate(
     folder: str | Path,
     *,
     concepts: tuple[str, ...] = (),
+    partial: bool = False,
     model: str = "",
     command: str = "",
     on_picture: Callable[[int], Any] = lambda n: None,
 ) -> Report:
     """Draw `suite` without and with each adapter, let `judges` say what is seen, and report. The pipe is left as it was.
 
-    Pictures are cached in `folder`: those of the unedited model serve every adapter, and a killed run goes on.
+    Pictures and verdicts are kept in `folder`: those of the unedited model serve every adapter, a killed run goes on, and what
+    shards have done (see `work`) is not done again.
 
     Args:
         adapters: an erasure, or several by name, each tried alone. None instead of one is the control: nothing is erased.
         judges: aspect ("shows", "style") -> who finds that label of a prompt in a picture.
         concepts: what to judge; by default what each adapter erases, and for the control what all of them erase.
+        partial: draw nothing, report what is there; what is missing is unknown and lowers the coverage.
         model, command: for the record: what the pipeline is called, and how to do this again.
         on_picture: called with the number of pictures that were found or drawn.
 
@@ -60,46 +62,104 @@ def evaluate(
     Example:
         >>> judges = {"shows": emoji_objects(), "style": emoji_styles()}
         >>> report = evaluate(pipe, {"ridge": a, "no edit": None}, load_suite("emoji-mini"), judges, "evaluation")
-        >>> report.trials[0].dimensions[0].share
-        Estimate(value=0.0, low=0.0, high=0.19, n=16, ...)
+        >>> print(report.trials[0].dimensions[0].share)
+        0% [0%, 19%], n = 16
     """
-    if erasure_status(pipe).requested:
-        raise EraseError("the pipe carries erasures already: unload_erasure(pipe) first, so that before means unedited")
-    tried = {"erasure": adapters} if isinstance(adapters, ErasureAdapter) else dict(adapters)
-    judged = {name: suite.known(concepts or _erased(adapter, tried)) for name, adapter in tried.items()}
-    for names in judged.values():
-        _check(suite, names, judges)
-    trials = []
-    for name, adapter in tried.items():
-        trials.append(_trial(pipe, name, adapter, judged[name], suite, judges, Path(folder), on_picture))
+    start, tries = time.monotonic(), planned(pipe, adapters, suite, judges, concepts)
+    if not partial:
+        work(pipe, tries, judges, folder, on_picture=on_picture)
+    trials = tuple(_trial(each, judges, Path(folder), partial) for each in tries)
     told = {aspect: {"digest": judge.digest, **judge.to_json()} for aspect, judge in judges.items()}
-    drawn = {"name": model or _name(pipe), "digest": images.model_digest(pipe)}
-    return Report(tuple(trials), suite, told, drawn, command, made=made_now())
+    drawn = {"name": model or type(pipe).__name__, "digest": tries[0].before.model}
+    return Report(trials, suite, told, drawn, command, time.monotonic() - start, made=made_now())
 
 
-def _trial(
+class Try(NamedTuple):
+    """One adapter, what is judged of it, and what is drawn for that."""
+
+    name: str
+    adapter: ErasureAdapter | None
+    concepts: tuple[str, ...]
+    suite: Suite
+    before: Plan
+    after: Plan
+
+
+def planned(
+    pipe: Any, adapters: Adapters, suite: Suite, judges: Mapping[str, Judge], concepts: tuple[str, ...] = ()
+) -> list[Try]:
+    """What `evaluate` will do, checked before a picture is drawn. Arguments and errors are those of `evaluate`."""
+    if erasure_status(pipe).requested:
+        raise EraseError(
+            "the pipe carries erasures already: unload_erasure(pipe) first, so that before means unedited"
+        )
+    tried = dict(adapters) if isinstance(adapters, Mapping) else {"erasure": adapters}
+    if not tried:
+        raise EraseError("nothing to evaluate: expected an adapter, or several by name")
+    told = {name: suite.known(concepts or _erased(adapter, tried)) for name, adapter in tried.items()}
+    for names in told.values():
+        _check(suite, names, judges)
+    model, tries = images.plan_for(pipe, suite.prompts, suite.settings), []
+    for name, adapter in tried.items():
+        drawn = suite.selected(told[name])
+        before = replace(model, prompts=tuple((prompt.text, prompt.seed) for prompt in drawn.prompts))
+        after = before if adapter is None else before.erased([(adapter.digest, 1.0)])
+        tries.append(Try(name, adapter, told[name], drawn, before, after))
+    return tries
+
+
+def work(
     pipe: Any,
-    name: str,
-    adapter: ErasureAdapter | None,
-    concepts: tuple[str, ...],
-    suite: Suite,
+    tries: Sequence[Try],
     judges: Mapping[str, Judge],
-    folder: Path,
-    on_picture: Callable[[int], Any],
-) -> Trial:
-    """One adapter against the unedited model, on the part of the suite that its concepts need."""
-    start, drawn = time.monotonic(), suite.selected(concepts)
-    files, seen = [], []
-    for put in (None, adapter):
-        with in_force(pipe, put):
-            plan = images.plan_for(pipe, drawn.prompts, drawn.settings)
-            images.draw(pipe, plan, folder, on_picture=on_picture)
-        files.append(images.paths(plan, folder))
-        seen.append({aspect: _seen(judge, plan, folder) for aspect, judge in judges.items()})
-    return Trial(
-        name, concepts, None if adapter is None else facts(adapter), drawn, tuple(zip(*files, strict=True)), *seen,
-        seconds=time.monotonic() - start,
-    )  # fmt: skip
+    folder: str | Path,
+    shard: Shard = WHOLE,
+    on_picture: Callable[[int], Any] = lambda n: None,
+) -> None:
+    """Draw and judge one shard of every try, unless it is there already.
+
+    Example, one of four workers:
+        >>> tries = planned(pipe, adapter, suite, judges)
+        >>> work(pipe, tries, judges, "evaluation", Shard.parse("1/4"))
+    """
+    for each in tries:
+        for adapter, plan in ((None, each.before), (each.adapter, each.after)):
+            with in_force(pipe, adapter):
+                images.draw(pipe, plan, folder, shard, on_picture)
+            for judge in judges.values():
+                parts.ask(plan, folder, judge.digest, _look(judge, plan, folder), shard)
+
+
+def _trial(each: Try, judges: Mapping[str, Judge], folder: Path, partial: bool) -> Trial:
+    """What was seen in the pictures of one try."""
+    before, after = (
+        {aspect: _seen(judge, plan, folder, partial) for aspect, judge in judges.items()}
+        for plan in (each.before, each.after)
+    )
+    files = zip(images.paths(each.before, folder), images.paths(each.after, folder), strict=True)
+    told = None if each.adapter is None else facts(each.adapter)
+    return Trial(each.name, each.concepts, told, each.suite, tuple(files), before, after)
+
+
+def _look(judge: Judge, plan: Plan, folder: str | Path) -> Callable[[Sequence[int]], list[Any]]:
+    """From indices of the plan's pictures to the judge's verdicts, as JSON."""
+    files = dict(zip(plan.places, images.paths(plan, folder), strict=True))
+
+    def look(batch: Sequence[int]) -> list[Any]:
+        seen = verdicts(judge, images.read([files[i] for i in batch]))
+        return [[v.label, None if math.isnan(v.score) else v.score, list(v.top), v.reason] for v in seen]
+
+    return look
+
+
+def _seen(judge: Judge, plan: Plan, folder: Path, partial: bool) -> tuple[Verdict, ...]:
+    """The verdicts on the plan's pictures, in its order."""
+    missing = [None, None, [], "not drawn or not judged"]
+    told = parts.answers(plan, folder, judge.digest, partial=partial)
+    return tuple(
+        Verdict(label, math.nan if score is None else score, tuple(top), reason)
+        for label, score, top, reason in (answer or missing for answer in told)
+    )
 
 
 @contextmanager
@@ -116,13 +176,11 @@ def in_force(pipe: Any, adapter: ErasureAdapter | None) -> Iterator[None]:
 def facts(adapter: ErasureAdapter) -> dict[str, Any]:
     """What a report tells of an adapter: digest, size, base pack, and how each concept was erased."""
     gates = {label.concept: list(label.gate) for label in adapter.edit.labels if label.gate}
-    recipes = [asdict(recipe) | ({"gate": gates[recipe.concept]} if recipe.concept in gates else {}) for recipe in adapter.recipes]
+    recipes = [
+        asdict(recipe) | ({"gate": gates[recipe.concept]} if recipe.concept in gates else {})
+        for recipe in adapter.recipes
+    ]
     return {"digest": adapter.digest, "bytes": adapter.size, "pack": adapter.edit.pack, "recipes": recipes}
-
-
-def _seen(judge: Judge, plan: Plan, folder: Path) -> tuple[Verdict, ...]:
-    files = images.paths(plan, folder)
-    return tuple(v for i in range(0, len(files), LOOK) for v in verdicts(judge, images.read(files[i : i + LOOK])))
 
 
 def _erased(adapter: ErasureAdapter | None, tried: Mapping[str, ErasureAdapter | None]) -> tuple[str, ...]:
@@ -140,14 +198,12 @@ def _check(suite: Suite, concepts: tuple[str, ...], judges: Mapping[str, Judge])
         raise EraseError(f"a judge of {min(odd)!r}: expected a judge for each of {', '.join(ASPECTS)}")
     drawn = suite.selected(concepts)
     if not any(part.aspect in judges for part in drawn.parts(concepts) if part.name == "efficacy"):
-        raise EraseError(f"no judge can say whether {', '.join(concepts)} is seen: judges were given for {', '.join(judges) or 'nothing'}")
+        raise EraseError(
+            f"no judge can say whether {', '.join(concepts)} is seen: judges were given for {', '.join(judges) or 'nothing'}"
+        )
     for aspect, judge in judges.items():
         if judge.labels is not None and (lacking := [n for n in drawn.labels(aspect) if n not in judge.labels]):
             raise EraseError(
                 f"judge {judge.name!r} has no label {lacking[0]!r} ({len(lacking)} of suite {suite.name} are missing): "
                 f"it could never say that it sees one. Give a judge with these labels."
             )
-
-
-def _name(pipe: Any) -> str:
-    return str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)

@@ -18,12 +18,19 @@ from PIL import Image
 
 from .metrics import Estimate
 from .report import OUTCOMES, Dimension, Pair, Report, Trial, percent
-from .suites import EFFICACY, RELATIONS, SHOWS
+from .suites import PARTS, RELATIONS, UNRELATED
 
 PAIRS, SIDE = 24, 160
 """Pairs of pictures shown of each part of a trial, and the longest side of a picture, in pixels."""
 
-TONE = {"gone": "good", "kept": "good", "mostly gone": "mid", "mostly kept": "mid", "not seen before": "none"}
+TONE = {
+    "gone": "good",
+    "kept": "good",
+    "mostly gone": "mid",
+    "mostly kept": "mid",
+    "not seen before": "none",
+    "not known": "mid",
+}
 """Verdicts that are not bad."""
 
 
@@ -35,6 +42,7 @@ def render(report: Report) -> str:
         title=_text(f"Erasing {_listed(concepts)}"),
         about=_text(f"{report.model['name']} · suite {report.suite.name} {report.suite.version} · {report.made.get('date', '')}"),
         verdicts="\n".join(_verdict(trial) for trial in report.trials),
+        many="many" if len(report.trials) > 2 else "",
         dimensions=_dimensions(report.trials),
         untested=_items(report.untested),
         pictures="\n".join(_pictures(trial, first=i == 0) for i, trial in enumerate(report.trials)),
@@ -48,41 +56,48 @@ def render(report: Report) -> str:
 
 
 def _verdict(trial: Trial) -> str:
-    """One line: what is gone, what is kept, and what was hurt most."""
-    said = [
-        f'{_text(d.title)} <b class="{_tone(d)}">{d.verdict}</b> <small>{percent(d.share.value)}</small>'
-        for d in trial.dimensions
-        if d.share.n and not d.part.name.startswith("across")
-    ]
+    """One line: what is left of the concept, and what else was hurt most."""
+    seen = [d for d in trial.dimensions if d.share.n and not d.part.name.startswith("across")]
+    said = [_said(d) for d in seen if d.part.gone]
+    if others := [d for d in seen if not d.part.gone]:
+        said += [_said(d) for d in others if d.part.name == UNRELATED]
+        least = min(others, key=lambda d: d.share.value)
+        said += [_said(least)] if least.part.name != UNRELATED and least.verdict != "kept" else []
     hurt = sorted(
         (share.estimate().value, label, share.n)
         for (aspect, label), share in trial.labels.items()
-        if trial.relation(aspect, label) != "erased" and share.n > 1
+        if trial.relation(aspect, label) != "erased" and share.n > 2
     )
     if hurt and hurt[0][0] < 0.95:
         value, label, n = hurt[0]
-        said.append(f"hurt most: {_text(label)} <small>{percent(value)} kept, n = {n}</small>")
-    note = "" if trial.adapter is not None else " <small>control: nothing is erased</small>"
-    return f"<li><strong>{_text(trial.name)}</strong>{note}<br>{'; '.join(said) or 'nothing was judged'}</li>"
+        said.append(f"hurt most: {_text(label)} <small>{percent(value)} of {n} kept</small>")
+    note = "" if trial.adapter is not None else ", the control where nothing is erased"
+    return f"<li><strong>{_text(trial.name)}</strong>{note}: {'; '.join(said) or 'nothing was judged'}.</li>"
+
+
+def _said(d: Dimension) -> str:
+    return f'{_text(d.title)} <b class="{_tone(d)}">{d.verdict}</b> <small>{percent(d.share.value)}</small>'
 
 
 def _dimensions(trials: Sequence[Trial]) -> str:
-    order = list(dict.fromkeys((d.part.name, d.part.aspect) for trial in trials for d in trial.dimensions))
-    lines = [(order.index((d.part.name, d.part.aspect)), t, d) for t in trials for d in t.dimensions]
+    """Parts x trials: a verdict, the share, and a bar with its interval."""
+    found = [{(d.part.name, d.part.aspect): d for d in trial.dimensions} for trial in trials]
+    keys = sorted({key for each in found for key in each}, key=lambda key: list(PARTS).index(key[0]))
     rows = []
-    for place, trial, d in sorted(lines, key=lambda line: line[0]):
-        cells = [_cell(d.title, place), _cell(trial.name)] if len(trials) > 1 else [_cell(d.title, place)]
-        share = d.share
-        cells += [
-            f'<td data-v="{share.value}"><b class="{_tone(d)}">{d.verdict}</b></td>',
-            _number(share.value),
-            f'<td class="wide" data-v="{share.low}">{percent(share.low)} – {percent(share.high)}</td>',
-            f'<td class="wide num" data-v="{share.n}">{_counted(share)}</td>',
-            f"<td>{_bar(share, _tone(d))}</td>",
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = ["pictures of", *(["erasure"] if len(trials) > 1 else []), "", "share", "95 % interval", "n", "left or kept"]
-    return _table(heads, rows, wide={"95 % interval", "n"})
+    for place, key in enumerate(keys):
+        first = next(each[key] for each in found if key in each)
+        what = f'<td data-v="{place}">{_text(first.title)} <small>{"left" if first.part.gone else "kept"}</small></td>'
+        rows.append(f"<tr>{what}{''.join(_share(each.get(key)) for each in found)}</tr>")
+    return _table(["pictures of", *(trial.name for trial in trials)], rows)
+
+
+def _share(d: Dimension | None) -> str:
+    if d is None:
+        return '<td data-v="-1"></td>'
+    e, tone = d.share, _tone(d)
+    interval = f'<small class="wide">{100 * e.low:.0f} – {100 * e.high:.0f}, n {e.n}</small>' if e.n else ""
+    told = f'<div class="told"><b class="{tone}">{d.verdict}</b> {percent(e.value)} {interval}</div>'
+    return f'<td data-v="{e.value}">{told}{_bar(e, tone)}</td>'
 
 
 def _matrix(trials: Sequence[Trial]) -> str:
@@ -174,7 +189,7 @@ def _scores(report: Report) -> str:
     tables = [_table(["score", *(trial.name for trial in report.trials)], rows)] if rows else []
     if report.comparisons:
         rows = [
-            f"<tr>{_cell(part)}{_cell(f'{b} minus {a}')}<td class=\"num\" data-v=\"{c.difference.value}\">{_points(c.difference)}</td>"
+            f'<tr>{_cell(part)}{_cell(f"{b} minus {a}")}<td class="num" data-v="{c.difference.value}">{_points(c.difference)}</td>'
             f'<td class="num" data-v="{c.p}">{c.p:.2g}</td><td class="wide num" data-v="{c.difference.n}">{c.difference.n}</td></tr>'
             for (a, b, part), c in report.comparisons.items()
         ]
@@ -199,12 +214,12 @@ def _facts(report: Report) -> str:
         told[f"judge of {aspect!r}"] = _pairs_of({k: v for k, v in judge.items() if k != "labels"})
     for trial in report.trials:
         told[trial.name] = _adapter(trial)
-    told |= {"made with": _pairs_of(report.made)}
+    told |= {"made with": _pairs_of(report.made), "took": f"{report.seconds:.0f} s; what was cached took none"}
     return "\n".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in told.items())
 
 
 def _adapter(trial: Trial) -> str:
-    drawn = f"{len(trial.suite.prompts)} pairs of pictures, {trial.seconds:.0f} s"
+    drawn = f"{len(trial.suite.prompts)} pairs of pictures"
     if trial.adapter is None:
         return f"no adapter; {drawn}"
     return f"{_pairs_of({k: v for k, v in trial.adapter.items() if k != 'recipes'})}; " + "; ".join(
@@ -223,7 +238,7 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[str], wide: Iterable[str] = ()) -> str:
-    cells = "".join(f'<th{" class=wide" if head in wide else ""}>{_text(head)}</th>' for head in heads)
+    cells = "".join(f"<th{' class=wide' if head in wide else ''}>{_text(head)}</th>" for head in heads)
     body = "\n".join(rows)
     return f'<div class="scroll"><table>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
@@ -245,7 +260,8 @@ def _bar(e: Estimate, tone: str) -> str:
     if not e.n:
         return ""
     interval = f'<i style="left:{e.low:.1%};width:{e.high - e.low:.1%}"></i>'
-    return f'<div class="bar {tone}" title="{percent(e.low)} – {percent(e.high)}, n = {e.n}">{interval}<b style="left:{e.value:.1%}"></b></div>'
+    told = f"{percent(e.low)} – {percent(e.high)}, n = {e.n}"
+    return f'<div class="bar {tone}" title="{told}">{interval}<b style="left:{e.value:.1%}"></b></div>'
 
 
 def _tone(dimension: Dimension) -> str:

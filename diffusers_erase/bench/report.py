@@ -19,7 +19,6 @@ from ..version import __version__
 from . import metrics
 from .judges import Verdict
 from .metrics import Comparison, Estimate, Share
-from .probes.result import ProbeResult
 from .suites import ASPECTS, EFFICACY, GENERALITY, PARTS, SHOWS, STYLE, UNRELATED, Part, Suite
 
 FORMAT = 1
@@ -29,10 +28,13 @@ DRAWS = 500
 
 ALWAYS_UNTESTED = (
     "attacks that train: textual inversion, fine-tuning, UnlearnDiffAtk",
-    "image prompts (IP-Adapter), ControlNets, LoRAs or other adapters beside it",
+    "image prompts (IP-Adapter), ControlNets, LoRAs beside it",
     "prompts in other languages",
-    "other models, schedulers, sizes, steps and guidance than those below",
+    "other models, schedulers, sizes, steps and guidance",
 )
+
+LOOKED_FOR = (GENERALITY, "sensitivity/visual", "sensitivity/subset-superset", "sensitivity/pair")
+"""Parts that an erasure of an object should have; where one is empty, the report says so."""
 
 
 class Dimension(NamedTuple):
@@ -45,14 +47,13 @@ class Dimension(NamedTuple):
     def title(self) -> str:
         """In words; `across/…` parts tell the other aspect."""
         title = PARTS[self.part.name]
-        other = {SHOWS: "objects", STYLE: "styles"}[self.part.aspect]
-        return title.replace("the other aspect", other)
+        return title.replace("other aspect", {SHOWS: "objects", STYLE: "styles"}[self.part.aspect])
 
     @property
     def verdict(self) -> str:
         """In a word: left shares up to 10 % are "gone", kept shares from 95 % on "kept"."""
         if not self.share.n:
-            return "not seen before"
+            return "not known" if self.share.coverage < 1 else "not seen before"
         steps = GONE if self.part.gone else KEPT
         return next(word for least, word in steps if self.share.value >= least)
 
@@ -71,7 +72,7 @@ class Pair(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        """"bad" a failure of the erasure, "good" as it should be, "unknown", or "void": wrong before already."""
+        """ "bad" a failure of the erasure, "good" as it should be, "unknown", or "void": wrong before already."""
         if self.before is False:
             return "void"
         if self.before is None or self.after is None:
@@ -99,13 +100,17 @@ class Trial:
     """Aspect -> a verdict for every prompt; only aspects that have a judge."""
     after: Mapping[str, Sequence[Verdict]]
     measures: Mapping[str, Estimate] = field(default_factory=dict)
-    probes: tuple[ProbeResult, ...] = ()
-    seconds: float = 0.0
+    probes: tuple[Any, ...] = ()
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The parts that were judged."""
         return tuple(part for part in self.suite.parts(self.concepts) if part.aspect in self.before)
+
+    @cached_property
+    def shares(self) -> dict[tuple[str, str], Share]:
+        """(part, aspect) -> partial sums: of its pictures that were right before, those that still are."""
+        return {(part.name, part.aspect): _counted(self.pairs(part)) for part in self.parts}
 
     @cached_property
     def dimensions(self) -> tuple[Dimension, ...]:
@@ -191,6 +196,8 @@ class Report:
     """Name and digest of the unedited pipeline."""
     command: str
     """How to run it again."""
+    seconds: float = 0.0
+    """How long this run took; what was cached took none."""
     untried: tuple[str, ...] = ()
     """Names of the probes that were not run."""
     made: Mapping[str, str] = field(default_factory=dict)
@@ -219,20 +226,19 @@ class Report:
     def _untested(self) -> Iterator[str]:
         for trial in self.trials:
             names = {part.name for part in trial.parts}
-            of = ", ".join(trial.concepts)
-            for name in (GENERALITY, "sensitivity/visual", "sensitivity/subset-superset", "sensitivity/pair"):
-                if name not in names and not set(trial.concepts) & set(trial.suite.labels(STYLE)):
-                    yield f"{PARTS[name]}: the suite has none for {of}"
-            unknown = sum(v.label is None for verdicts in trial.after.values() for v in verdicts)
-            if unknown:
-                yield f"{unknown} answers of judges after {trial.name}, which are unknown and count neither way"
-            if not trial.measures:
-                yield "looks and meaning beyond labels: no CLIP score, LPIPS or FID was taken"
+            if SHOWS in self.judges and not set(trial.concepts) & set(trial.suite.labels(STYLE)):
+                for name in LOOKED_FOR:
+                    if name not in names:
+                        yield f"{PARTS[name]}: the suite has none for {', '.join(trial.concepts)}"
+        if unknown := sum(v.label is None for t in self.trials for seen in t.after.values() for v in seen):
+            yield f"{unknown} pictures that a judge could not tell: they count neither way"
+        if not any(trial.measures for trial in self.trials):
+            yield "looks and meaning beyond labels: no CLIP score, LPIPS or FID was taken"
         for aspect in ASPECTS:
             if aspect not in self.judges and self.suite.labels(aspect):
-                yield f"the suite's labels of {aspect!r}: no judge was given for them"
+                yield f"labels of {aspect!r}: no judge was given for them"
         if self.untried:
-            yield f"attacks without training: {', '.join(self.untried)} (add --probes)"
+            yield f"attacks without training: {', '.join(self.untried)}"
 
     def save(self, folder: str | Path) -> Path:
         """Write `index.html`, `report.json` and `results.md`, each whole or not at all; returns the page's path."""
@@ -252,6 +258,7 @@ class Report:
             "format": FORMAT,
             "made": dict(self.made),
             "command": self.command,
+            "seconds": round(self.seconds, 1),
             "model": dict(self.model),
             "suite": {
                 "name": suite.name, "version": suite.version, "digest": suite.digest, "source": suite.source,
@@ -260,7 +267,7 @@ class Report:
             "judges": {aspect: dict(told) for aspect, told in self.judges.items()},
             "trials": [_trial_json(trial) for trial in self.trials],
             "comparisons": [
-                {"first": a, "second": b, "part": part, "p": c.p, "test": c.test, "difference": c.difference.to_json()}
+                {"first": a, "second": b, "part": part, "p": c.p, "test": c.test, "difference": _json(c.difference)}
                 for (a, b, part), c in self.comparisons.items()
             ],
             "not_tested": list(self.untested),
@@ -269,7 +276,8 @@ class Report:
     def to_markdown(self) -> str:
         """The result in a form that fits a model card."""
         rows = [row for trial in self.trials for row in _markdown_rows(trial)]
-        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in asdict(self.suite.settings).items() if v is not None)
+        given = {k: v for k, v in asdict(self.suite.settings).items() if v is not None}
+        settings = ", ".join(f"{k} {v}" for k, v in given.items())
         judges = "; ".join(f"{told['name']} (`{told['digest'][:12]}`)" for told in self.judges.values())
         return MARKDOWN.format(
             suite=self.suite.name, version=self.suite.version, digest=self.suite.digest[:12], model=self.model["name"],
@@ -320,21 +328,25 @@ def percent(value: float) -> str:
     return f"{value:.1%}" if 0 < value < 0.01 or 0.99 < value < 1 else f"{value:.0%}"
 
 
+def _json(estimate: Estimate) -> dict[str, Any]:
+    """The estimate; what is not finite is None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(estimate).items()}
+
+
 def _trial_json(trial: Trial) -> dict[str, Any]:
     return {
         "name": trial.name,
         "concepts": list(trial.concepts),
         "adapter": None if trial.adapter is None else dict(trial.adapter),
-        "seconds": round(trial.seconds, 1),
         "dimensions": [
             {"part": d.part.name, "aspect": d.part.aspect, "title": d.title, "should_be": "gone" if d.part.gone else "kept",
-             "verdict": d.verdict, "share": d.share.to_json()}
+             "verdict": d.verdict, "share": _json(d.share)}
             for d in trial.dimensions
         ],
-        "scores": {name: estimate.to_json() for name, estimate in trial.scores.items()},
-        "measures": {name: estimate.to_json() for name, estimate in trial.measures.items()},
+        "scores": {name: _json(estimate) for name, estimate in trial.scores.items()},
+        "measures": {name: _json(estimate) for name, estimate in trial.measures.items()},
         "labels": [
-            {"aspect": aspect, "label": label, "relation": trial.relation(aspect, label), "share": share.estimate().to_json()}
+            {"aspect": aspect, "label": label, "relation": trial.relation(aspect, label), "share": _json(share.estimate())}
             for (aspect, label), share in trial.labels.items()
         ],
         "probes": [result.to_json() for result in trial.probes],
@@ -346,12 +358,17 @@ def _picture_json(trial: Trial, index: int) -> dict[str, Any]:
     prompt = trial.suite.prompts[index]
     told = {k: v for k, v in asdict(prompt).items() if v not in ("", "always")}
     for when, path, seen in zip(("before", "after"), trial.pictures[index], (trial.before, trial.after), strict=True):
-        told[when] = {"file": path.name} | {aspect: _verdict_json(verdicts[index]) for aspect, verdicts in seen.items()}
+        told[when] = {"file": path.name} | {
+            aspect: _verdict_json(verdicts[index]) for aspect, verdicts in seen.items()
+        }
     return told
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:
-    told: dict[str, Any] = {"label": verdict.label, "score": None if math.isnan(verdict.score) else round(verdict.score, 4)}
+    told: dict[str, Any] = {
+        "label": verdict.label,
+        "score": None if math.isnan(verdict.score) else round(verdict.score, 4),
+    }
     return told | ({"reason": verdict.reason} if verdict.reason else {})
 
 
@@ -360,4 +377,6 @@ def made_now() -> dict[str, str]:
     from importlib.metadata import version
 
     packages = ("torch", "diffusers", "transformers")
-    return {"date": datetime.date.today().isoformat(), "diffusers-erase": __version__} | {p: version(p) for p in packages}
+    return {"date": datetime.date.today().isoformat(), "diffusers-erase": __version__} | {
+        p: version(p) for p in packages
+    }

@@ -26,26 +26,27 @@ ALWAYS, NEAR, OWN = SCOPES = ("always", "near", "own")
 """When a prompt is drawn: for every erasure; where what it shows is erased or related to what is; only where it is erased."""
 
 RELATIONS = {
-    "visual": "look alike",
-    "subset": "kinds of it",
-    "superset": "what it is a kind of",
-    "pair": "go together with it",
-    "style": "similar styles",
-    "homograph": "other senses of its name",
+    "visual": "look-alike",
+    "subset": "narrower term",
+    "superset": "broader term",
+    "pair": "goes with it",
+    "style": "similar style",
+    "homograph": "other sense",
 }
+"""What a label is to a concept, in words."""
 
 EFFICACY, GENERALITY, UNRELATED = "efficacy", "generality", "unrelated"
 PARTS = {
     EFFICACY: "the concept by its name",
     GENERALITY: "the concept by other names",
-    "sensitivity/visual": "what looks like it",
-    "sensitivity/subset-superset": "its kinds, and what it is a kind of",
-    "sensitivity/pair": "what goes together with it",
+    "sensitivity/visual": "look-alikes",
+    "sensitivity/subset-superset": "broader and narrower terms",
+    "sensitivity/pair": "what goes with it",
     "sensitivity/style": "similar styles",
     "sensitivity/homograph": "other senses of its name",
     UNRELATED: "everything else",
-    "across/inside": "the other aspect of its own pictures",
-    "across/outside": "the other aspect of all other pictures",
+    "across/inside": "other aspect of its pictures",
+    "across/outside": "other aspect of all others",
 }
 """The dimensions, in the order of a report."""
 

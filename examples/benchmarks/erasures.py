@@ -4,9 +4,9 @@
     python examples/benchmarks/erasures.py --gate 0.6 --coreferences   # let resemblance through, name the paraphrases
     python examples/benchmarks/erasures.py --method uce
 
-Prints one line a setting, pooled over the objects, with 95 % intervals (pictures of one object are not independent, so
-read them as a lower bound of the uncertainty). Pictures are cached in --work: a killed run goes on, and the unedited
-model draws once for all settings. With --sheet a picture of pairs before | after is written as well.
+Prints one line a setting, pooled over the objects, with 95 % intervals that take the objects as drawn at random. Pictures
+are cached in --work: a killed run goes on, and the unedited model draws once for all settings. With --sheet a picture of
+pairs before | after is written as well.
 """
 
 import argparse
@@ -16,38 +16,45 @@ from PIL import Image
 
 from diffusers_erase import bench, erase, world
 from diffusers_erase.bench.demo import demo_suite
-from diffusers_erase.bench.metrics import Estimate
+from diffusers_erase.bench.judges import emoji_objects, emoji_styles
+from diffusers_erase.bench.metrics import Estimate, Share, clustered
 
 OBJECTS = ("apple", "bee", "butterfly", "cactus", "crown", "fish", "guitar", "snail", "sun", "umbrella")
-SHARES = ("concept left", "paraphrases left", "neighbours kept", "unrelated kept", "styles kept")
+SHARES = {
+    "concept left": ("efficacy", "shows"),
+    "paraphrases left": ("generality", "shows"),
+    "neighbours kept": ("sensitivity/visual", "shows"),
+    "unrelated kept": ("unrelated", "shows"),
+    "styles kept": ("across/outside", "style"),
+}
+"""Heads of the table, and the part and aspect that each tells."""
 
 
-def reports(concepts: list[str], target: str, work: Path, coreferences: bool, **options) -> list[bench.Report]:
-    """One report a concept; `target` "sibling" is each concept's nearest neighbour."""
-    pipe, judge = world.load(), world.judge()
+def trials(concepts: list[str], target: str, work: Path, coreferences: bool, **options) -> list[bench.Trial]:
+    """One trial a concept; `target` "sibling" is each concept's nearest neighbour."""
+    pipe, judges = world.load(), {"shows": emoji_objects(), "style": emoji_styles()}
     found = []
     for concept in concepts:
         goal = world.neighbours(concept, 1)[0] if target == "sibling" else target
         names = world.paraphrases(concept) if coreferences else ()
         adapter = erase(pipe, concept, target=goal, coreferences=names, **options)
-        found.append(bench.evaluate(pipe, adapter, demo_suite(concept), judge, work / "pictures"))
+        found += bench.evaluate(pipe, {concept: adapter}, demo_suite(concept), judges, work / "pictures").trials
     return found
 
 
-def pooled(found: list[bench.Report], share: str) -> Estimate:
-    """The share over all pictures of all reports."""
-    parts = [report.estimates[share] for report in found if share in report.estimates]
-    hits = sum(round(e.value * e.n) for e in parts)
-    return Estimate.of_share([True] * hits + [False] * (sum(e.n for e in parts) - hits))
+def pooled(found: list[bench.Trial], share: str) -> Estimate:
+    """The share over all pictures of all trials; the interval knows that one concept's pictures stand and fall together."""
+    sums = {trial.name: trial.shares[SHARES[share]] for trial in found if SHARES[share] in trial.shares}
+    return clustered({name: (s,) for name, s in sums.items()}, Share.estimate)
 
 
-def sheet(found: list[bench.Report]) -> Image.Image:
-    """A row for each concept: before | after in every style, then an unrelated object in every style."""
+def sheet(found: list[bench.Trial]) -> Image.Image:
+    """A row for each trial: before | after in every style, then an unrelated object in every style."""
     size, rows = 64, []
-    for report in found:
-        parts = {part.name: part.indices for part in report.suite.parts(report.concepts) if part.aspect == "shows"}
-        first = [i for name in ("efficacy", "unrelated") for i in parts[name] if report.suite.prompts[i].seed == 1][:8]
-        rows.append([path for i in first for path in report.pictures[i]])
+    for trial in found:
+        parts = {part.name: part.indices for part in trial.parts if part.aspect == "shows"}
+        first = [i for name in ("efficacy", "unrelated") for i in parts[name] if trial.suite.prompts[i].seed == 1][:8]
+        rows.append([path for i in first for path in trial.pictures[i]])
     grid = Image.new("RGB", (16 * size + 7 * 6, len(rows) * (size + 2)), "white")
     for y, row in enumerate(rows):
         for x, path in enumerate(row):
@@ -69,12 +76,12 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     given = vars(parser.parse_args())
     to_sheet = given.pop("sheet")
-    found = reports(**given)
+    found = trials(**given)
     settings = {k: v for k, v in given.items() if k not in ("concepts", "work") and v}
     print(", ".join(f"{k} {v}" for k, v in settings.items()))
-    for report in found:
-        shares = (f"{name} {report.estimates[name].value:.0%}" for name in SHARES if name in report.estimates)
-        print(f"  {', '.join(report.concepts)}: {', '.join(shares)}")
+    for trial in found:
+        told = {name: trial.shares[key].estimate().value for name, key in SHARES.items() if key in trial.shares}
+        print(f"  {trial.name}: {', '.join(f'{name} {value:.0%}' for name, value in told.items())}")
     print("| " + " | ".join(SHARES) + " |")
     print("| " + " | ".join(str(pooled(found, share)) for share in SHARES) + " |")
     if to_sheet:
