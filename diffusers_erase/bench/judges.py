@@ -170,10 +170,10 @@ def ranked(scores: Tensor, labels: Sequence[str]) -> list[Ranking]:
     """The best labels of each row of `scores` `[n, labels]`, in float. A row with NaN stays unranked."""
     values, order = scores.double().topk(min(RANKS, len(labels)), dim=1)
     rankings = [
-        [(labels[i], value) for i, value in zip(best, row, strict=True)]
+        [(str(labels[i]), float(v)) for i, v in zip(best, row, strict=True)]
         for best, row in zip(order.tolist(), values.tolist(), strict=True)
     ]
-    return [[] if bad else ranking for bad, ranking in zip(scores.isnan().any(dim=1), rankings, strict=True)]
+    return [() if bad else ranking for bad, ranking in zip(scores.isnan().any(dim=1), rankings, strict=True)]
 
 
 def by_function(
