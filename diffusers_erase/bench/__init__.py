@@ -175,12 +175,11 @@ def in_force(pipe: Any, adapter: ErasureAdapter | None) -> Iterator[None]:
 
 def facts(adapter: ErasureAdapter) -> dict[str, Any]:
     """What a report tells of an adapter: digest, size, base pack, and how each concept was erased."""
-    gates = {label.concept: list(label.gate) for label in adapter.edit.labels if label.gate}
-    recipes = [
-        asdict(recipe) | ({"gate": gates[recipe.concept]} if recipe.concept in gates else {})
-        for recipe in adapter.recipes
-    ]
-    return {"digest": adapter.digest, "bytes": adapter.size, "pack": adapter.edit.pack, "recipes": recipes}
+    labels = [label for edit in adapter.edits.values() for label in edit.labels]
+    gates = {label.concept: {"gate": list(label.gate)} for label in labels if label.gate}
+    recipes = [asdict(recipe) | gates.get(recipe.concept, {}) for recipe in adapter.recipes]
+    packs = sorted({edit.pack for edit in adapter.edits.values()})
+    return {"digest": adapter.digest, "kind": adapter.kind, "bytes": adapter.size, "packs": packs, "recipes": recipes}
 
 
 def _erased(adapter: ErasureAdapter | None, tried: Mapping[str, ErasureAdapter | None]) -> tuple[str, ...]:
