@@ -198,7 +198,7 @@ def demo(
             command=command,
             on_picture=advance,
         )
-    _print_report(report, report.save(folder))
+    _print_report(report, bench.save(report, folder))
     out.print(f"adapter: {saved} ({adapter.size:,} bytes of rows)")
 
 
@@ -232,7 +232,7 @@ def evaluate(
             pipe, adapters, asked, judges, folder / "pictures", concepts=tuple(concept or ()), partial=partial,
             model=model, command=shlex.join(["diffusers-erase", *sys.argv[1:]]), on_picture=advance,
         )  # fmt: skip
-    _print_report(report, report.save(folder))
+    _print_report(report, bench.save(report, folder))
 
 
 def _named_adapter(text: str) -> tuple[str, ErasureAdapter]:

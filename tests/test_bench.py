@@ -114,7 +114,7 @@ def test_an_evaluation_is_one_folder_that_says_how_to_do_it_again(sd1, suite, ju
         model="tiny",
         command="diffusers-erase evaluate tiny",
     )
-    assert report.save(tmp_path) == tmp_path / "index.html"
+    assert bench.save(report, tmp_path) == tmp_path / "index.html"
     assert {p.name for p in tmp_path.iterdir()} == {"index.html", "report.json", "results.md", "pictures"}
     told = json.loads((tmp_path / "report.json").read_text())
     assert told["command"] == "diffusers-erase evaluate tiny" and told["suite"]["digest"] == suite.digest

@@ -1,7 +1,7 @@
 """Judging an erasure by pictures: suite → plan → paired pictures → judges → metrics → report.
 
 report = evaluate(pipe, erase(pipe, "cat"), load_suite("emoji"), judges, "evaluation")
-report.save("evaluation")                              # index.html, report.json, results.md
+save(report, "evaluation")                            # index.html, report.json, results.md
 """
 
 import math
@@ -18,13 +18,14 @@ from ..errors import EraseError
 from . import images, parts
 from .judges import Judge, Verdict, verdicts
 from .metrics import Estimate, share_kept
+from .page import save
 from .plan import WHOLE, Plan, Shard
 from .report import Report, Trial, made_now
 from .suites import ASPECTS, Part, Prompt, Settings, Suite, load_suite
 
 __all__ = [
     "Estimate", "Judge", "Part", "Prompt", "Report", "Settings", "Suite", "Trial", "Verdict",
-    "evaluate", "load_suite", "planned", "share_kept", "work",
+    "evaluate", "load_suite", "planned", "save", "share_kept", "work",
 ]  # fmt: skip
 
 Adapters = ErasureAdapter | Mapping[str, ErasureAdapter | None]

@@ -1,11 +1,13 @@
-"""A report as one HTML page: self-contained, readable without a network, at any width, in light and dark.
+"""A report as one folder: a page for people, JSON for machines, a table for a model card.
 
-The number of pictures is bounded (`PAIRS` of each part, thumbnails of at most `SIDE` pixels), and so is the page.
+The page is self-contained, readable without a network, at any width, in light and dark. The number of pictures is bounded
+(`PAIRS` of each part, thumbnails of at most `SIDE` pixels), and so is the page.
 """
 
 import base64
 import html
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -16,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from .. import hub
 from .metrics import Estimate
 from .report import OUTCOMES, Dimension, Pair, Report, Trial, percent
 from .suites import PARTS, RELATIONS, UNRELATED
@@ -32,6 +35,16 @@ TONE = {
     "not known": "mid",
 }
 """Verdicts that are not bad."""
+
+
+def save(report: Report, folder: str | Path) -> Path:
+    """Write `index.html`, `report.json` and `results.md`, each whole or not at all; returns the page's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hub.write_text(folder / "report.json", json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
+    hub.write_text(folder / "results.md", report.to_markdown())
+    hub.write_text(folder / "index.html", render(report))
+    return folder / "index.html"
 
 
 def render(report: Report) -> str:

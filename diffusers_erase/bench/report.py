@@ -1,11 +1,10 @@
 """From judged pairs of pictures to numbers: what is left of a concept, what was kept of everything else, what was not tested.
 
-A `Report` holds one or several trials, each an erasure on its own against the same unedited model. It is written as one
-folder: `index.html` (page.py), `report.json` (schema in data/report.schema.json), `results.md` for a model card.
+A `Report` holds one or several trials, each an erasure on its own against the same unedited model. As data it is described by
+data/report.schema.json.
 """
 
 import datetime
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import hub
 from ..version import __version__
 from . import metrics
 from .judges import Verdict
@@ -239,17 +237,6 @@ class Report:
                 yield f"labels of {aspect!r}: no judge was given for them"
         if self.untried:
             yield f"attacks without training: {', '.join(self.untried)}"
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `index.html`, `report.json` and `results.md`, each whole or not at all; returns the page's path."""
-        from .page import render
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        hub.write_text(folder / "report.json", json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
-        hub.write_text(folder / "results.md", self.to_markdown())
-        hub.write_text(folder / "index.html", render(self))
-        return folder / "index.html"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures' bytes, as data/report.schema.json describes it."""
