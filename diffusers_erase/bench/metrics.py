@@ -358,9 +358,8 @@ def mcnemar(first: Sequence[bool | None], second: Sequence[bool | None]) -> Comp
     n, gained, lost = len(known), known.count((False, True)), known.count((True, False))
     coverage = n / len(pairs) if pairs else 1.0
     if not n:
-        return Comparison(
-            Score(math.nan, -1.0, 1.0, 0, coverage, (-1.0, 1.0) if pairs else None), 1.0, "McNemar, exact"
-        )
+        nothing = Score(math.nan, -1.0, 1.0, 0, coverage, _difference_bounds(pairs))
+        return Comparison(nothing, 1.0, "McNemar, exact")
     tail = sum(math.comb(gained + lost, i) for i in range(min(gained, lost) + 1))
     value, shifted = (gained - lost) / n, (gained - lost) / (n + 2)
     half = Z * math.sqrt(((gained + 1 + lost + 1) / (n + 2) - shifted**2) / (n + 2))
