@@ -362,6 +362,12 @@ def get_active_erasures(pipe: Any) -> list[str]:
     return list(registry.in_force) if registry else []
 
 
+def edits_in_force(pipe: Any) -> dict[str, Edit]:
+    """The rows that act now, all adapters composed, by space of text states; empty where none do."""
+    registry = _registry(text_readers(pipe))
+    return dict(registry.edits) if registry else {}
+
+
 def get_list_erasures(pipe: Any) -> dict[str, list[str]]:
     """Names of the loaded erasures, by component."""
     found = {name: _attachment(reader) for name, reader in text_readers(pipe).items()}

@@ -187,6 +187,7 @@ class Encoder:
                 f"the pipeline's parts do not fit"
             )
         self._rows: dict[tuple, dict[str, Tensor]] = {}
+        self._words: tuple[str, ...] | None = None
 
     @property
     def width(self) -> int:
@@ -248,6 +249,28 @@ class Encoder:
     def length(self, name: str) -> int:
         """Number of tokens of `name`."""
         return len(self.tokenizer(name, add_special_tokens=False)["input_ids"])
+
+    def words(self) -> tuple[str, ...]:
+        """Every whole word that the tokenizer knows as one token, of three letters and more."""
+        if self._words is None:
+            size = len(self.tokenizer)
+            texts = dict.fromkeys(self.tokenizer.decode([i]).strip() for i in range(size))
+            likely = [text for text in texts if len(text) > 2 and text.isascii() and text.isalpha()]
+            ids = self.tokenizer(likely, add_special_tokens=False)["input_ids"]
+            self._words = tuple(text for text, own in zip(likely, ids, strict=True) if len(own) == 1)
+        return self._words
+
+    @torch.no_grad()
+    def nearest_words(self, name: str, words: Sequence[str], count: int) -> list[str]:
+        """Those of `words` whose token embeddings lie nearest to the mean of `name`'s, by cosine; the nearest first."""
+        encoder = next(
+            getattr(self.pipe, e) for t, e in self.family.encoders if getattr(self.pipe, t) is self.tokenizer
+        )
+        table = encoder.get_input_embeddings().weight.float().cpu()
+        ids = self.tokenizer([name, *words], add_special_tokens=False)["input_ids"]
+        means = torch.nn.functional.normalize(torch.stack([table[own].mean(0) for own in ids]), dim=-1)
+        nearest: list[int] = (means[1:] @ means[0]).topk(min(count, len(words))).indices.tolist()
+        return [words[i] for i in nearest]
 
     def check_name(self, name: str) -> None:
         """Raise unless `name` is something that this encoder can read as a concept."""
