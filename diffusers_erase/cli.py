@@ -215,9 +215,18 @@ def evaluate(
     concept: Annotated[
         list[str] | None, typer.Option(help="What to judge, if not what each adapter erases; repeat for more.")
     ] = None,
-    partial: Annotated[bool, typer.Option(help="Draw nothing, report what is there.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Do the I-th of N shares; whoever ends last writes the report (docs/scale.md)."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together; the same for all workers.")] = 16,
 ) -> None:
-    """Draw a suite with MODEL without and with each adapter, judge the pictures, and write a report."""
+    """Draw a suite with MODEL without and with each adapter, judge the pictures, and write a report.
+
+    What was drawn and judged before is not done again.
+    """
     from . import bench
 
     adapters: dict[str, ErasureAdapter | None] = dict(_named_adapter(text) for text in adapter or ())
@@ -225,13 +234,35 @@ def evaluate(
         raise EraseError("two adapters have one name: give names of your own, --adapter NAME=PATH")
     if control:
         adapters["no edit"] = None
-    pipe, judges, asked = _pipeline(model), _judges(model), bench.load_suite(suite)
-    tries = bench.planned(pipe, adapters, asked, judges, tuple(concept or ()))
-    with _progress("drawing before and after", sum(2 * len(each.suite.prompts) for each in tries)) as advance:
-        report = bench.evaluate(
-            pipe, adapters, asked, judges, folder / "pictures", concepts=tuple(concept or ()), partial=partial,
-            model=model, command=shlex.join(["diffusers-erase", *sys.argv[1:]]), on_picture=advance,
-        )  # fmt: skip
+    share = (bench.Shard.parse(shard) if shard else bench.WHOLE).split()
+    asked, pictures = bench.load_suite(suite), folder / "pictures"
+    pipe, judges = _to_device(_pipeline(model)), _judges(model)
+    evaluation = bench.planned(
+        pipe, adapters, asked, judges, tuple(concept or ()), batch=batch, model=model, command=_command(shard)
+    )
+    evaluation.save(folder, replace=share == bench.WHOLE)
+    _print_forecast(pipe, evaluation, pictures, share)
+    total = sum(len(batch) for plan in evaluation.plans for batch in share.of(plan.batches))
+    with _progress(f"drawing, shard {share}" if share.count > 1 else "drawing before and after", total) as advance:
+        bench.work(pipe, evaluation, adapters, judges, pictures, share, advance)
+    if evaluation.unanswered(pictures):
+        out.print(f"shard {share} is done, others are not: whoever ends last writes the report")
+    else:
+        report = evaluation.report(pictures)
+        _print_report(report, bench.save(report, folder))
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `evaluate --out` was told.")],
+    partial: Annotated[
+        bool, typer.Option(help="Report what is there; the rest is unknown and lowers the coverage.")
+    ] = False,
+) -> None:
+    """Write the report on what all shards of an evaluation have drawn and judged, without a model."""
+    from . import bench
+
+    report = bench.Evaluation.load(folder).report(folder / "pictures", partial=partial)
     _print_report(report, bench.save(report, folder))
 
 
@@ -260,6 +291,32 @@ def _print_report(report: Any, page: Path) -> None:
             )
         out.print(table)
     out.print(f"look at: {page}")
+
+
+def _to_device(pipe: Any) -> Any:
+    """`pipe` on this process's GPU, where there is one; launchers number them in LOCAL_RANK."""
+    import torch
+
+    return pipe.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}") if torch.cuda.is_available() else pipe
+
+
+def _command(shard: str | None) -> str:
+    """What was typed, without the shard: how to do all of it again."""
+    words = [word for word in sys.argv[1:] if word not in (f"--shard={shard}", "--shard", shard)]
+    return shlex.join(["diffusers-erase", *words])
+
+
+def _print_forecast(pipe: Any, evaluation: Any, pictures: Path, share: Any) -> None:
+    """How long drawing will take, if it is worth the measuring."""
+    from .bench import images
+
+    if (left := evaluation.undrawn(pictures, share)) > 4 * evaluation.batch:
+        seconds = images.pace(pipe, evaluation.plans[0])
+        out.print(f"{left:,} pictures to draw, {seconds:.2f} s each: about {_time(left * seconds)}")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _pipeline(model: str) -> Any:
@@ -316,7 +373,7 @@ def _print_adapter(adapter: ErasureAdapter) -> None:
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as progress:
+    with Progress(*columns, console=err, disable=int(os.environ.get("LOCAL_RANK") or 0) > 0) as progress:
         bar = progress.add_task(what, total=total)
         yield lambda n: progress.advance(bar, n)
 
@@ -324,3 +381,7 @@ def _progress(what: str, total: int) -> Iterator[Any]:
 def _fail(message: str) -> NoReturn:
     err.print(f"error: {message}", markup=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+if __name__ == "__main__":  # launchers start modules: accelerate launch --module diffusers_erase.cli evaluate ...
+    app()

@@ -7,7 +7,6 @@ from conftest import bits, same_bits
 
 from diffusers_erase import bench, erase, load_erasure
 from diffusers_erase.bench.judges import by_function
-from diffusers_erase.bench.plan import Shard
 from diffusers_erase.bench.suites import Prompt, Settings, Suite
 from diffusers_erase.errors import EraseError
 
@@ -68,20 +67,6 @@ def test_a_judge_that_fails_never_makes_a_concept_gone(sd1, suite, tmp_path):
     efficacy = trial.dimensions[0]
     assert efficacy.share.n == 0 and efficacy.share.coverage == 0 and efficacy.verdict == "not known"
     assert {pair.outcome for pair in trial.pairs(efficacy.part)} == {"unknown"}
-
-
-def test_shards_do_the_work_of_one(sd1, judges, tmp_path):
-    many = tuple(Prompt("a photo of a cat", seed, "cat", "photo") for seed in range(20))
-    suite = Suite("many", "1", "this test", "Apache-2.0", many, {}, Settings(1, 1.0))
-    adapter = erase(sd1, "cat")
-    tries = bench.planned(sd1, adapter, suite, judges)
-    bench.work(sd1, tries, judges, tmp_path / "shards", Shard(0, 2))
-    half = bench.evaluate(sd1, adapter, suite, judges, tmp_path / "shards", partial=True).trials[0].dimensions[0].share
-    assert 0 < half.coverage < 1 and half.n == 16
-    bench.work(sd1, tries, judges, tmp_path / "shards", Shard(1, 2))
-    merged = bench.evaluate(sd1, adapter, suite, judges, tmp_path / "shards", partial=True).to_json()
-    whole = bench.evaluate(sd1, adapter, suite, judges, tmp_path / "whole").to_json()
-    assert merged | {"seconds": 0} == whole | {"seconds": 0}
 
 
 def test_what_cannot_work_is_refused_before_a_picture_is_drawn(sd1, suite, judges, tmp_path):

@@ -4,27 +4,27 @@ report = evaluate(pipe, erase(pipe, "cat"), load_suite("emoji"), judges, "evalua
 save(report, "evaluation")                            # index.html, report.json, results.md
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..adapter import ErasureAdapter
 from ..attach import erasure_status, load_erasure, unload_erasure
 from ..errors import EraseError
 from . import images, parts
-from .judges import Judge, Verdict, verdicts
+from .evaluation import Evaluation, looking
+from .judges import Judge, Verdict
 from .metrics import Estimate, share_kept
 from .page import save
-from .plan import WHOLE, Plan, Shard
-from .report import Report, Trial, made_now
+from .plan import BATCH, WHOLE, Shard
+from .report import Report, Trial
 from .suites import ASPECTS, Part, Prompt, Settings, Suite, load_suite
 
 __all__ = [
-    "Estimate", "Judge", "Part", "Prompt", "Report", "Settings", "Suite", "Trial", "Verdict",
+    "WHOLE", "Estimate", "Evaluation", "Judge", "Part", "Prompt", "Report", "Settings", "Shard", "Suite", "Trial", "Verdict",
     "evaluate", "load_suite", "planned", "save", "share_kept", "work",
 ]  # fmt: skip
 
@@ -40,6 +40,7 @@ def evaluate(
     *,
     concepts: tuple[str, ...] = (),
     partial: bool = False,
+    batch: int = BATCH,
     model: str = "",
     command: str = "",
     on_picture: Callable[[int], Any] = lambda n: None,
@@ -54,6 +55,7 @@ def evaluate(
         judges: aspect ("shows", "style") -> who finds that label of a prompt in a picture.
         concepts: what to judge; by default what each adapter erases, and for the control what all of them erase.
         partial: draw nothing, report what is there; what is missing is unknown and lowers the coverage.
+        batch: pictures that are drawn together; it decides how sums are rounded, so another number draws everything again.
         model, command: for the record: what the pipeline is called, and how to do this again.
         on_picture: called with the number of pictures that were found or drawn.
 
@@ -66,101 +68,69 @@ def evaluate(
         >>> print(report.trials[0].dimensions[0].share)
         0% [0%, 19%], n = 16
     """
-    start, tries = time.monotonic(), planned(pipe, adapters, suite, judges, concepts)
+    start = time.monotonic()
+    evaluation = planned(pipe, adapters, suite, judges, concepts, batch=batch, model=model, command=command)
     if not partial:
-        work(pipe, tries, judges, folder, on_picture=on_picture)
-    trials = tuple(_trial(each, judges, Path(folder), partial) for each in tries)
-    told = {aspect: {"digest": judge.digest, **judge.to_json()} for aspect, judge in judges.items()}
-    drawn = {"name": model or type(pipe).__name__, "digest": tries[0].before.model}
-    return Report(trials, suite, told, drawn, command, time.monotonic() - start, made=made_now())
-
-
-class Try(NamedTuple):
-    """One adapter, what is judged of it, and what is drawn for that."""
-
-    name: str
-    adapter: ErasureAdapter | None
-    concepts: tuple[str, ...]
-    suite: Suite
-    before: Plan
-    after: Plan
+        work(pipe, evaluation, adapters, judges, folder, on_picture=on_picture)
+    return evaluation.report(folder, partial=partial, seconds=time.monotonic() - start)
 
 
 def planned(
-    pipe: Any, adapters: Adapters, suite: Suite, judges: Mapping[str, Judge], concepts: tuple[str, ...] = ()
-) -> list[Try]:
+    pipe: Any,
+    adapters: Adapters,
+    suite: Suite,
+    judges: Mapping[str, Judge],
+    concepts: tuple[str, ...] = (),
+    *,
+    batch: int = BATCH,
+    model: str = "",
+    command: str = "",
+) -> Evaluation:
     """What `evaluate` will do, checked before a picture is drawn. Arguments and errors are those of `evaluate`."""
     if erasure_status(pipe).requested:
         raise EraseError(
             "the pipe carries erasures already: unload_erasure(pipe) first, so that before means unedited"
         )
-    tried = dict(adapters) if isinstance(adapters, Mapping) else {"erasure": adapters}
+    tried = _named(adapters)
     if not tried:
         raise EraseError("nothing to evaluate: expected an adapter, or several by name")
-    told = {name: suite.known(concepts or _erased(adapter, tried)) for name, adapter in tried.items()}
-    for names in told.values():
+    judged = {name: suite.known(concepts or _erased(adapter, tried)) for name, adapter in tried.items()}
+    for names in judged.values():
         _check(suite, names, judges)
-    model, tries = images.plan_for(pipe, suite.prompts, suite.settings), []
-    for name, adapter in tried.items():
-        drawn = suite.selected(told[name])
-        before = replace(model, prompts=tuple((prompt.text, prompt.seed) for prompt in drawn.prompts))
-        after = before if adapter is None else before.erased([(adapter.digest, 1.0)])
-        tries.append(Try(name, adapter, told[name], drawn, before, after))
-    return tries
+    return Evaluation(
+        suite,
+        {name: (None if adapter is None else facts(adapter), judged[name]) for name, adapter in tried.items()},
+        {aspect: {"digest": judge.digest, **judge.to_json()} for aspect, judge in judges.items()},
+        {"name": model or type(pipe).__name__, "digest": images.model_digest(pipe)},
+        batch,
+        command,
+    )
 
 
 def work(
     pipe: Any,
-    tries: Sequence[Try],
+    evaluation: Evaluation,
+    adapters: Adapters,
     judges: Mapping[str, Judge],
     folder: str | Path,
     shard: Shard = WHOLE,
     on_picture: Callable[[int], Any] = lambda n: None,
 ) -> None:
-    """Draw and judge one shard of every try, unless it is there already.
+    """Draw and judge one shard of everything that was planned, unless it is there already.
 
-    Example, one of four workers:
-        >>> tries = planned(pipe, adapter, suite, judges)
-        >>> work(pipe, tries, judges, "evaluation", Shard.parse("1/4"))
+    Example, one of four workers, and whoever comes last:
+        >>> evaluation = planned(pipe, adapter, suite, judges)
+        >>> work(pipe, evaluation, adapter, judges, "pictures", Shard.parse("1/4"))
+        >>> if not evaluation.unanswered("pictures"):
+        ...     save(evaluation.report("pictures"), "evaluation")
     """
-    for each in tries:
-        for adapter, plan in ((None, each.before), (each.adapter, each.after)):
-            with in_force(pipe, adapter):
-                images.draw(pipe, plan, folder, shard, on_picture)
-            for judge in judges.values():
-                parts.ask(plan, folder, judge.digest, _look(judge, plan, folder), shard)
-
-
-def _trial(each: Try, judges: Mapping[str, Judge], folder: Path, partial: bool) -> Trial:
-    """What was seen in the pictures of one try."""
-    before, after = (
-        {aspect: _seen(judge, plan, folder, partial) for aspect, judge in judges.items()}
-        for plan in (each.before, each.after)
-    )
-    files = zip(images.paths(each.before, folder), images.paths(each.after, folder), strict=True)
-    told = None if each.adapter is None else facts(each.adapter)
-    return Trial(each.name, each.concepts, told, each.suite, tuple(files), before, after)
-
-
-def _look(judge: Judge, plan: Plan, folder: str | Path) -> Callable[[Sequence[int]], list[Any]]:
-    """From indices of the plan's pictures to the judge's verdicts, as JSON."""
-    files = dict(zip(plan.places, images.paths(plan, folder), strict=True))
-
-    def look(batch: Sequence[int]) -> list[Any]:
-        seen = verdicts(judge, images.read([files[i] for i in batch]))
-        return [[v.label, None if math.isnan(v.score) else v.score, list(v.top), v.reason] for v in seen]
-
-    return look
-
-
-def _seen(judge: Judge, plan: Plan, folder: Path, partial: bool) -> tuple[Verdict, ...]:
-    """The verdicts on the plan's pictures, in its order."""
-    missing = [None, None, [], "not drawn or not judged"]
-    told = parts.answers(plan, folder, judge.digest, partial=partial)
-    return tuple(
-        Verdict(label, math.nan if score is None else score, tuple(top), reason)
-        for label, score, top, reason in (answer or missing for answer in told)
-    )
+    named = _named(adapters)
+    jobs = ((plan, put) for t in evaluation.tries for plan, put in ((t.before, None), (t.after, named[t.name])))
+    for plan, adapter in {plan.digest: (plan, adapter) for plan, adapter in jobs}.values():
+        with in_force(pipe, adapter):
+            images.draw(pipe, plan, folder, shard, on_picture)
+        for judge in judges.values():
+            parts.ask(plan, folder, judge.digest, looking(judge, plan, folder), shard)
 
 
 @contextmanager
@@ -181,6 +151,10 @@ def facts(adapter: ErasureAdapter) -> dict[str, Any]:
     recipes = [asdict(recipe) | gates.get(recipe.concept, {}) for recipe in adapter.recipes]
     packs = sorted({edit.pack for edit in adapter.edits.values()})
     return {"digest": adapter.digest, "kind": adapter.kind, "bytes": adapter.size, "packs": packs, "recipes": recipes}
+
+
+def _named(adapters: Adapters) -> dict[str, ErasureAdapter | None]:
+    return dict(adapters) if isinstance(adapters, Mapping) else {"erasure": adapters}
 
 
 def _erased(adapter: ErasureAdapter | None, tried: Mapping[str, ErasureAdapter | None]) -> tuple[str, ...]:

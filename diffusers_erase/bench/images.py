@@ -126,7 +126,13 @@ def model_digest(pipe: Any) -> str:
     The same on every machine and device. It cannot see what lies in no weight and no configuration, such as a changed
     attention processor.
     """
-    told: list[Any] = [type(pipe).__name__, Encoder(pipe).fingerprint().tokenizer]
+    found = Encoder(pipe).fingerprint()
+    told: list[Any] = [
+        type(pipe).__name__,
+        _settled(pipe.config),
+        found.tokenizer,
+        *(p.tokenizer for p in found.parts),
+    ]
     for name, part in sorted(pipe.components.items()):
         if config := getattr(unwrapped(part), "config", None):
             told.append([name, type(unwrapped(part)).__name__, _settled(config)])

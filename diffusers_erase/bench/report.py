@@ -24,6 +24,9 @@ FORMAT = 1
 DRAWS = 500
 """Resamples of the bootstrap over labels, for each dimension."""
 
+MISSING = "not drawn or not judged"
+"""The reason of a verdict that stands for a picture which no shard has done."""
+
 ALWAYS_UNTESTED = (
     "attacks that train: textual inversion, fine-tuning, UnlearnDiffAtk",
     "image prompts (IP-Adapter), ControlNets, LoRAs beside it",
@@ -228,7 +231,10 @@ class Report:
                 for name in LOOKED_FOR:
                     if name not in names:
                         yield f"{PARTS[name]}: the suite has none for {', '.join(trial.concepts)}"
-        if unknown := sum(v.label is None for t in self.trials for seen in t.after.values() for v in seen):
+        seen = [verdict for trial in self.trials for verdicts in trial.after.values() for verdict in verdicts]
+        if missing := sum(verdict.reason == MISSING for verdict in seen):
+            yield f"{missing} of {len(seen)} answers of judges, since not all shards were done: they count neither way"
+        if unknown := sum(verdict.label is None for verdict in seen) - missing:
             yield f"{unknown} pictures that a judge could not tell: they count neither way"
         if not any(trial.measures for trial in self.trials):
             yield "looks and meaning beyond labels: no CLIP score, LPIPS or FID was taken"

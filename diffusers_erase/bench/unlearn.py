@@ -78,7 +78,7 @@ class Technique:
         from diffusers import DiffusionPipeline
 
         self.options = Options.of(config)
-        self.pipe = DiffusionPipeline.from_pretrained(self.options.base_model)
+        self.pipe: Any = DiffusionPipeline.from_pretrained(self.options.base_model)
         if getattr(self.pipe, "safety_checker", None) is not None:
             self.pipe.safety_checker = None
             self.pipe.register_to_config(requires_safety_checker=False)
