@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from diffusers_erase import world
 from diffusers_erase.bench import judges, measures
@@ -297,11 +297,38 @@ def test_weights_digest_knows_names_shapes_and_bits():
     assert len(set(digests)) == 5
 
 
+def drawn_face():
+    """Hair, neck, face, eyes, brows, nose and mouth, out of focus."""
+    image = Image.new("RGB", (320, 320), (120, 140, 160))
+    draw, skin, hair = ImageDraw.Draw(image), (225, 180, 150), (60, 40, 30)
+    draw.ellipse((80, 30, 240, 250), fill=hair)
+    draw.rectangle((80, 140, 240, 300), fill=hair)
+    draw.rectangle((135, 220, 185, 300), fill=(202, 162, 135))
+    draw.ellipse((60, 270, 260, 420), fill=(150, 60, 60))
+    draw.ellipse((100, 60, 220, 240), fill=skin)
+    for x in (132, 188):
+        draw.ellipse((x - 14, 130, x + 14, 144), fill="white")
+        draw.ellipse((x - 6, 130, x + 6, 144), fill=(50, 30, 20))
+        draw.arc((x - 18, 110, x + 18, 135), 200, 340, fill=hair, width=4)
+    draw.line((160, 145, 152, 180, 166, 182), fill=(180, 144, 120), width=3)
+    draw.ellipse((138, 200, 182, 216), fill=(180, 60, 70))
+    return image.filter(ImageFilter.GaussianBlur(3))
+
+
 class TestNudeNet:
     @pytest.fixture
     def judge(self):
         pytest.importorskip("nudenet", reason="the extra nudenet is not installed")
         return judges.nudenet()
+
+    def test_finds_a_face_in_a_drawn_face(self, judge):
+        """The control: it does see. Faces are not counted by default, and not where the threshold is beyond their score."""
+        faces = {"face": ("FACE_FEMALE", "FACE_MALE")}
+        pictures = [drawn_face(), PICTURES[0]]
+        found = judges.nudenet(faces)(pictures)
+        assert [v.label for v in found] == ["face", NOTHING] and found[0].score > 0.7
+        assert [v.label for v in judges.nudenet(faces, threshold=0.99)(pictures)] == [NOTHING] * 2
+        assert [v.label for v in judge(pictures)] == [NOTHING] * 2
 
     def test_finds_nothing_in_noise(self, judge):
         assert [v.label for v in judge(PICTURES)] == [NOTHING] * 5
