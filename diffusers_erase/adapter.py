@@ -321,9 +321,12 @@ def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: floa
             "rows and factors do not make one adapter: rows are solved together, factors only add up; load both instead"
         )
     union = edits.compose_spaces([a.edits for a in adapters], chains=chains, residual_max=residual_max)
-    joined = [
-        r if _same_rows(a.edits, union, r.concept) else replace(r, effect=None) for a in adapters for r in a.recipes
-    ]
+    theirs = edits.marks(union)
+    joined = []
+    for adapter in adapters:
+        own = edits.marks(adapter.edits)
+        same = {concept for concept in own if own[concept] == theirs.get(concept)}
+        joined += [r if r.concept in same else replace(r, effect=None) for r in adapter.recipes]
     recipes = {hub.canonical(asdict(r)): r for r in joined}
     return ErasureAdapter(
         edits=union,
@@ -331,13 +334,6 @@ def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: floa
         recipes=tuple(recipes[key] for key in sorted(recipes)),
         base_model=min(a.base_model for a in adapters),
         factors=factors.add(*terms) if (terms := [a.factors for a in adapters if a.factors is not None]) else None,
-    )
-
-
-def _same_rows(one: Mapping[str, Edit], other: Mapping[str, Edit], concept: str) -> bool:
-    """Whether a concept is erased by the same rows in two adapters."""
-    return all(
-        space in one and one[space].only(concept).digest == edit.only(concept).digest for space, edit in other.items()
     )
 
 

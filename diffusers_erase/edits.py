@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,16 @@ def same_name(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
+MANY = 512
+"""Beyond so many rows a set is solved by taking rows out of a larger one that is solved already, where there is one."""
+
+IDENTITY = "identity"
+"""How the digest of a pack without a background begins."""
+
+SATURATED = 0.5
+"""Saturation beyond which other concepts suffer: measured on emoji-sd, docs/benchmarks.md."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pack:
     """A base pack: what every edit that stands on it leaves alone.
@@ -77,6 +88,22 @@ class Pack:
         if self.moment is not None:
             gram = gram + self.moment.double()
         return solve.pull(keys, gram, keys.new_zeros(0, self.width) if self.hard is None else self.hard)
+
+
+class Leftover(NamedTuple):
+    """What a solved set leaves of its rows' offsets, and what it does to the background."""
+
+    squares: Tensor
+    """`[k]`: squared norm of D − CX, row by row."""
+    energy: float
+    """tr(XᵀHX) = Σ sᵢ⟨dᵢ − eᵢ, eᵢ⟩ with e = D − CX: by stationarity, HX = CᵀS(D − CX) wherever hard rows allow it."""
+
+    @classmethod
+    def of(cls, edit: "Edit", left: Tensor) -> "Leftover":
+        """From D − CX `[k, d]`."""
+        squares = torch.linalg.vector_norm(left, dim=1) ** 2
+        inner = (edit.offsets * left).sum(dim=1)
+        return cls(squares, float((edit.strengths.double() * (inner - squares)).sum()))
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no useful ==; compare .digest
@@ -110,7 +137,7 @@ class Edit:
                 f"an edit pairs each of its {k} labels with one key, offset and pulled row [k, d] and one strength [k]: "
                 f"got {', '.join(map(str, shapes))} and strengths {tuple(self.strengths.shape)}"
             )
-        if not all(bool(t.isfinite().all()) for t in (self.keys, self.offsets, self.strengths, self.pulled)):
+        if not all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in self.rows if t.numel()):
             raise EraseError("an edit holds finite numbers only: found NaN or infinity; erase the concept again")
         if not bool((self.strengths > 0).all()):
             raise EraseError("every row of an edit has a positive strength; leave a row out instead of giving it none")
@@ -126,9 +153,14 @@ class Edit:
         return self.keys.shape[1]
 
     @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(C, D, U, s), as `solve` takes them."""
+        return self.keys, self.offsets, self.pulled, self.strengths
+
+    @cached_property
     def moving(self) -> Tensor:
         """`[k]` bool: rows with an offset; the others preserve their key."""
-        return (self.offsets != 0).any(dim=1)
+        return torch.linalg.vector_norm(self.offsets, ord=math.inf, dim=1) > 0
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -181,15 +213,49 @@ class Edit:
         """A `[k, d]` in float64, solved over all rows together."""
         return solve.detectors(self.keys, self.pulled, self.strengths)
 
+    @cached_property
+    def matrix(self) -> Tensor:
+        """X = AᵀD `[d, d]` in float64: the edit as one matrix, e ↦ e + e X."""
+        if len(self.labels) > self.width:
+            return solve.dense(*self.rows).edit
+        return self.detectors().mT @ self.offsets.double()
+
+    @cached_property
+    def leftover(self) -> "Leftover":
+        """What is left of each row's offset, and how far the background moves, when all rows are solved together."""
+        if len(self.labels) > self.width:
+            return Leftover.of(self, solve.left_over(self.keys, self.offsets, self.matrix))
+        return Leftover.of(self, solve.unmoved(self.keys, self.offsets, self.detectors()))
+
     def residuals(self) -> dict[str, float]:
         """Of each concept, the share of its offsets that is left when all rows are solved together."""
-        left = solve.unmoved(self.keys, self.offsets, self.detectors())
-        asked = self.offsets.double()
-        rows = {
-            c: [i for i, label in enumerate(self.labels) if label.targets is not None and label.concept == c]
-            for c in self.concepts
-        }
-        return {c: float(left[i].norm() / asked[i].norm()) for c, i in rows.items()}
+        left, asked = (torch.zeros(len(self.concepts), dtype=torch.float64) for _ in range(2))
+        number = {concept: i for i, concept in enumerate(self.concepts)}
+        moving = self.moving
+        owner = torch.tensor([number[label.concept] for label in self.labels if label.targets is not None], dtype=int)
+        left.index_add_(0, owner, self.leftover.squares[moving])
+        asked.index_add_(0, owner, self._asked[moving])
+        return dict(zip(number, (left / asked).sqrt().tolist(), strict=True))
+
+    @property
+    def saturation(self) -> float | None:
+        """How far the background moves, as a share of how far the erased concepts do (root mean squares): 0 is not at all.
+
+        The background is the base pack's: √(tr(XᵀHX) / mean‖d‖²), found from the rows alone (docs/maths.md). It grows with every
+        concept; beyond `SATURATED` other concepts begin to suffer. None on a pack without a background (UCE's λI).
+        """
+        if self.pack_digest.startswith(IDENTITY):
+            return None
+        return (
+            math.sqrt(max(self.leftover.energy, 0.0) / float(self._asked[self.moving].mean()))
+            if self.concepts
+            else 0.0
+        )
+
+    @cached_property
+    def _asked(self) -> Tensor:
+        """`[k]`: squared norm of each offset."""
+        return torch.linalg.vector_norm(self.offsets, dim=1, dtype=torch.float64) ** 2
 
     def calibrated(self, goal: float) -> "Edit":
         """This edit with one scalar strength for all its moving rows, so that the residual of the whole is `goal`.
@@ -236,36 +302,118 @@ def compose(*edits: Edit, chains: str = "error", residual_max: float | None = 0.
     Raises:
         ConflictError: the edits stand on different packs, or contradict each other.
     """
-    if not edits:
-        raise EraseError("compose needs at least one edit")
-    for other in edits[1:]:
-        if other.pack_digest != edits[0].pack_digest or other.width != edits[0].width:
-            raise ConflictError(
-                f"cannot compose {', '.join(edits[0].concepts)} with {', '.join(other.concepts)}: they stand on different "
-                f"base packs ({edits[0].pack} {edits[0].pack_digest[:8]}, {other.pack} {other.pack_digest[:8]}); "
-                f"erase one of them again on the other's pack or with the same method options"
-            )
-    union = _unique(edits)
-    erased = {same_name(label.name) for label in union.labels if label.targets is not None}
-    union = union.take(
-        i for i, row in enumerate(union.labels) if row.targets is not None or same_name(row.name) not in erased
-    )
-    _check_one_target(union)
-    union = _follow_chains(union, erased, chains)
-    if residual_max is not None:
-        _check_residuals(union, residual_max)
-    return union
+    return Pool(edits).compose(edits, chains=chains, residual_max=residual_max)
+
+
+class Pool:
+    """Some edits' rows, each once and in canonical order: any choice among the edits composes by picking rows from it.
+
+    `Pool(edits).compose(chosen)` has the rows of `compose(*chosen)`, to the bit. Where there are many, its solution is that of
+    the whole pool less the rows that are missing (`solve.without`), equal up to rounding and a hundred times cheaper. A pool
+    is a value: what it has solved for depends on its edits alone, never on what was chosen before.
+    """
+
+    def __init__(self, edits: Sequence[Edit]):
+        if not edits:
+            raise EraseError("compose needs at least one edit")
+        for other in edits[1:]:
+            if other.pack_digest != edits[0].pack_digest or other.width != edits[0].width:
+                raise ConflictError(
+                    f"cannot compose {', '.join(edits[0].concepts)} with {', '.join(other.concepts)}: they stand on different "
+                    f"base packs ({edits[0].pack} {edits[0].pack_digest[:8]}, {other.pack} {other.pack_digest[:8]}); "
+                    f"erase one of them again on the other's pack or with the same method options"
+                )
+        self.edits = tuple(edits)
+        self.union, self.owners = _union(edits)
+
+    def holds(self, edits: Iterable[Edit]) -> bool:
+        """Whether these very edits are among the pool's."""
+        own = {id(edit) for edit in self.edits}
+        return all(id(edit) in own for edit in edits)
+
+    def compose(self, chosen: Sequence[Edit], *, chains: str = "error", residual_max: float | None = 0.2) -> Edit:
+        """`compose` of some of the pool's own edits."""
+        wanted = {id(edit) for edit in chosen}
+        places = {n for n, edit in enumerate(self.edits) if id(edit) in wanted}
+        rows = [i for i, owners in enumerate(self.owners) if not places.isdisjoint(owners)]
+        edit = self.union if len(rows) == len(self.owners) else self.union.take(rows)
+        if self._plain:
+            self._solve(edit, rows)
+        else:
+            edit = _decided(edit, chains)
+        if residual_max is not None:
+            _check_residuals(edit, residual_max)
+        return edit
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether no name is erased that another row preserves or is sent to: then there is no conflict in any choice either."""
+        erased = _erased(self.union)
+        named = (t for row in self.union.labels for t in ((row.name,) if row.targets is None else row.targets))
+        if any(same_name(name) in erased for name in named):
+            return False
+        try:
+            _check_one_target(self.union)
+        except ConflictError:
+            return False
+        return True
+
+    @cached_property
+    def _solved(self) -> solve.Dense:
+        return solve.dense(*self.union.rows)
+
+    @cached_property
+    def _left(self) -> Tensor:
+        return solve.left_over(self.union.keys, self.union.offsets, self._solved.edit)
+
+    def _solve(self, edit: Edit, rows: list[int]) -> None:
+        """Give `edit`, whose rows these are, its solution, where taking rows out of the pool's is cheaper than solving."""
+        gone = sorted(set(range(len(self.owners))) - set(rows))
+        if len(rows) <= max(MANY, edit.width) or len(gone) > edit.width // 4:
+            return
+        matrix, left = self._solved.edit, self._left
+        if gone:
+            change = solve.without(self._solved, *(t[gone] for t in self.union.rows))
+            matrix = matrix - change.P @ change.Q
+            left = left[rows].addmm_(edit.keys.double() @ change.P, change.Q)
+        # As if computed by the edit itself, up to rounding.
+        vars(edit).update(matrix=matrix, leftover=Leftover.of(edit, left), _asked=self.union._asked[rows])
 
 
 def compose_spaces(
-    sets: Sequence[Mapping[str, Edit]], *, chains: str = "error", residual_max: float | None = 0.2
+    sets: Sequence[Mapping[str, Edit]],
+    *,
+    chains: str = "error",
+    residual_max: float | None = 0.2,
+    pools: dict[str, Pool] | None = None,
 ) -> dict[str, Edit]:
-    """`compose` in every space of text states that one of `sets` (edits by space) has."""
-    spaces = sorted({space for edits in sets for space in edits}, reverse=True)  # text first
-    return {
-        space: compose(*(edits[space] for edits in sets if space in edits), chains=chains, residual_max=residual_max)
-        for space in spaces
-    }
+    """`compose` in every space of text states that one of `sets` (edits by space) has.
+
+    Args:
+        pools: by space; a pool that holds the edits is used, another is put in its place. None: none is kept.
+    """
+    pools = {} if pools is None else pools
+    composed = {}
+    for space in sorted({space for edits in sets for space in edits}, reverse=True):  # text first
+        chosen = [edits[space] for edits in sets if space in edits]
+        if space not in pools or not pools[space].holds(chosen):
+            pools[space] = Pool(chosen)
+        composed[space] = pools[space].compose(chosen, chains=chains, residual_max=residual_max)
+    return composed
+
+
+def marks(edits: Mapping[str, Edit]) -> dict[str, dict[str, str]]:
+    """Of each erased concept a digest of its rows in each space: equal where it is erased by the same rows."""
+    found: dict[str, dict[str, str]] = {}
+    for space, edit in edits.items():
+        ordered = _unique([edit])
+        digests = {concept: hashlib.sha256() for concept in edit.concepts}
+        for label, *row in zip(ordered.labels, *ordered.rows, strict=True):
+            if label.targets is not None:
+                digests[label.concept].update(json.dumps(label).encode() + b"".join(map(_bytes, row)))
+        for concept, digest in digests.items():
+            found.setdefault(concept, {})[space] = digest.hexdigest()
+    return found
 
 
 def overruled(edits: Sequence[Edit]) -> tuple[str, ...]:
@@ -280,21 +428,42 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _unique(edits: Sequence[Edit]) -> Edit:
     """The rows of all edits, each once, ordered by label and then by bytes: the same set always gives the same tensors."""
+    return _union(edits)[0]
+
+
+def _union(edits: Sequence[Edit]) -> tuple[Edit, list[list[int]]]:
+    """The rows of all edits as `_unique` has them, and of each the places of the edits that hold it."""
     table = [torch.cat([e.keys, e.offsets, e.pulled, e.strengths[:, None]], dim=1) for e in edits]
-    labels = [label for edit in edits for label in edit.labels]
-    rows = torch.cat(table)
-    names = [json.dumps(label, ensure_ascii=False) for label in labels]
-    found = {(name, _bytes(row)): i for i, (name, row) in enumerate(zip(names, rows, strict=True))}
-    order = [found[key] for key in sorted(found)]
-    d = edits[0].width
-    return replace(
+    rows = torch.cat(table).contiguous()
+    labels = [(label, n) for n, edit in enumerate(edits) for label in edit.labels]
+    raw, size = memoryview(_bytes(rows)), rows.shape[1] * rows.element_size()
+    found: dict[tuple[str, bytes], list[int]] = {}
+    for i, (label, _) in enumerate(labels):
+        found.setdefault((json.dumps(label, ensure_ascii=False), bytes(raw[i * size : (i + 1) * size])), []).append(i)
+    same = [found[key] for key in sorted(found)]
+    order, d = [places[0] for places in same], edits[0].width
+    union = replace(
         edits[0],
-        labels=tuple(labels[i] for i in order),
+        labels=tuple(labels[i][0] for i in order),
         keys=rows[order, :d],
         offsets=rows[order, d : 2 * d],
         pulled=rows[order, 2 * d : 3 * d],
         strengths=rows[order, -1],
     )
+    return union, [[labels[i][1] for i in places] for places in same]
+
+
+def _erased(edit: Edit) -> set[str]:
+    return {same_name(label.name) for label in edit.labels if label.targets is not None}
+
+
+def _decided(edit: Edit, chains: str) -> Edit:
+    """A union of rows with its conflicts decided by name."""
+    erased = _erased(edit)
+    kept = [i for i, row in enumerate(edit.labels) if row.targets is not None or same_name(row.name) not in erased]
+    edit = edit if len(kept) == len(edit.labels) else edit.take(kept)
+    _check_one_target(edit)
+    return _follow_chains(edit, erased, chains)
 
 
 def _check_one_target(edit: Edit) -> None:
@@ -314,6 +483,8 @@ def _check_one_target(edit: Edit) -> None:
 
 def _follow_chains(edit: Edit, erased: set[str], chains: str) -> Edit:
     """Rows whose target is itself erased, sent on to where that target goes; unchanged where there is none."""
+    if not any(same_name(goal) in erased for row in edit.labels for goal in row.targets or ()):
+        return edit
     where = {(same_name(row.name), row.role): i for i, row in enumerate(edit.labels) if row.targets is not None}
     labels, offsets = list(edit.labels), edit.offsets.clone()
     for i, label in enumerate(edit.labels):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_erase import ConflictError, EraseError, solve
-from diffusers_erase.edits import Edit, Gate, Label, Pack, compose, overruled, same_name
+from diffusers_erase import ConflictError, EraseError, edits, solve
+from diffusers_erase.edits import Edit, Gate, Label, Pack, Pool, compose, overruled, same_name
 
 D = 16
 NAMES = ("cat", "dog", "wolf", "boat", "church", "tree")
@@ -375,3 +375,78 @@ def test_a_pack_without_moment_and_hard_rows_is_a_ridge():
     spelt = Pack("identity", "identity", 0.5, D, torch.zeros(D, D).double(), torch.zeros(0, D).double())
     torch.testing.assert_close(spelt.pull(C), plain.pull(C), atol=1e-14, rtol=1e-14)
     assert not PACK.pull(C).allclose(plain.pull(C))
+
+
+# --- Many edits, and choices among them -------------------------------------------------------------------------------
+
+
+def crowd(n, seed=0):
+    """Edits of one concept each, of random states."""
+    keys, goals = _states(1000 + seed, n), _states(2000 + seed, n)
+    return [
+        Edit((Label(f"c{i}", f"c{i}", "subject", ()),), keys[[i]], (goals - keys)[[i]], torch.ones(1).double(),
+             PACK.pull(keys[[i]]), PACK.name, PACK.digest)
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def test_a_choice_from_a_pool_is_the_composition_of_what_was_chosen():
+    many = crowd(edits.MANY + 20)
+    pool = Pool(many)
+    assert pool.holds(many[3:7]) and not pool.holds([*many, row("cat", "dog")])
+    some = many[:7] + many[8:]
+    found, expected = pool.compose(some, residual_max=None), compose(*some, residual_max=None)
+    assert found.labels == expected.labels and all(map(torch.equal, found.rows, expected.rows))
+    alone = solve.dense(*expected.rows).edit
+    torch.testing.assert_close(found.matrix, alone, atol=1e-10, rtol=0)
+    assert (pool.compose(many, residual_max=None).matrix - alone).abs().max() > 1e-6  # control
+    fresh = replace(expected)  # knows nothing yet
+    assert found.residuals() == pytest.approx(fresh.residuals(), abs=1e-10)
+    assert found.saturation == pytest.approx(fresh.saturation, abs=1e-10)
+
+
+def test_what_was_chosen_before_leaves_no_trace():
+    many = crowd(edits.MANY + 20)
+    pool = Pool(many)
+    first = pool.compose(many[5:], residual_max=None)
+    for gone in (range(10), (3,), range(400)):
+        pool.compose([e for i, e in enumerate(many) if i not in gone], residual_max=None)
+    again = pool.compose(many[5:], residual_max=None)
+    assert torch.equal(first.matrix, again.matrix) and first.digest == again.digest
+
+
+def test_a_pool_decides_conflicts_by_what_is_chosen():
+    cat, keeps, chained = row("cat", "dog"), row("cat"), row("dog", "wolf")
+    pool = Pool([cat, keeps, chained])
+    assert pool.compose([keeps], residual_max=None).preserved == ("cat",)
+    assert pool.compose([cat, keeps], residual_max=None).preserved == ()
+    assert pool.compose([cat], residual_max=None).digest == compose(cat, residual_max=None).digest
+    with pytest.raises(ConflictError, match="erased too"):
+        pool.compose([cat, chained])
+    with pytest.raises(ConflictError, match="two targets"):
+        compose(cat, row("cat", "boat"))
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_saturation_is_how_far_the_background_moves(n):
+    """√(tr(XᵀHX) / mean‖d‖²), written out; also with hard rows, which are in PACK, and beyond the width in rows."""
+    edit = compose(*crowd(n), row("boat"), residual_max=None)
+    X, H = edit.detectors().mT @ edit.offsets, PACK.ridge * torch.eye(D).double() + PACK.moment
+    moved = float((X * (H @ X)).sum())
+    asked = float((edit.offsets[edit.moving] ** 2).sum(dim=1).mean())
+    assert edit.saturation == pytest.approx((moved / asked) ** 0.5, rel=1e-9)
+    assert compose(row("boat")).saturation == 0.0
+
+
+def test_saturation_grows_and_is_unknown_without_a_background():
+    many = crowd(12)
+    grown = [compose(*many[:n], residual_max=None).saturation for n in (1, 4, 12)]
+    assert grown == sorted(grown) and grown[2] > 1.5 * grown[0]
+    assert replace(many[0], pack_digest="identity-0.5").saturation is None
+
+
+def test_marks_tell_which_concepts_keep_their_rows():
+    cat, cruel = row("cat", "dog"), row("cat", "boat")
+    both = {"text": compose(cat, row("church", "tree"), residual_max=None)}
+    assert edits.marks({"text": cat})["cat"] == edits.marks(both)["cat"] != edits.marks({"text": cruel})["cat"]
+    assert edits.marks({"text": cat, "pooled": cat})["cat"] != edits.marks(both)["cat"]

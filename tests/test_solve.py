@@ -226,3 +226,28 @@ def test_rows_of_any_precision_are_solved_in_float64():
     assert torch.equal(
         A, solve.detectors(p.keys.float().double(), p.pulled.float().double(), p.strengths.float().double())
     )
+
+
+@each_problem
+def test_the_dense_form_is_the_same_edit(p):
+    X = p.detectors.mT @ p.offsets
+    exact(solve.dense(p.keys, p.offsets, p.pulled, p.strengths).edit, X, atol=1e-10)
+    exact(solve.left_over(p.keys, p.offsets, X), solve.unmoved(p.keys, p.offsets, p.detectors), atol=1e-12)
+
+
+def test_blocks_of_rows_add_up():
+    p = problem(k=30)
+    rows = (p.keys, p.offsets, p.pulled, p.strengths)
+    exact(solve.dense(*rows, block=7).edit, solve.dense(*rows).edit, atol=1e-12)
+
+
+@pytest.mark.parametrize("gone", [[0], [3, 11, 29], list(range(20))], ids=len)
+def test_taking_rows_out_is_solving_without_them(gone):
+    p = problem(k=30, hard=2)
+    rows = (p.keys, p.offsets, p.pulled, p.strengths)
+    kept = [i for i in range(30) if i not in gone]
+    whole = solve.dense(*rows)
+    change = solve.without(whole, *(t[gone] for t in rows))
+    expected = solve.dense(*(t[kept] for t in rows)).edit
+    exact(whole.edit - change.P @ change.Q, expected, atol=1e-10)
+    assert (whole.edit - expected).abs().max() > 1e-3  # control: those rows did something

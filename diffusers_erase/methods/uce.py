@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..edits import Edit, Pack
+from ..edits import IDENTITY, Edit, Pack
 from ..errors import EraseError
 from ..task import Task, method
 
@@ -30,7 +30,7 @@ def uce(task: Task, *, lamb: float = 0.5, erase_scale: float = 1.0, preserve_sca
     labels, keys, offsets = task.rows(task.tokens, task.templates)
     names, preserved = task.preserved_rows(task.tokens, task.templates)
     C = torch.cat([keys, preserved])
-    pack = Pack(name=f"identity-{lamb:g}", digest=f"identity-{lamb!r}", ridge=lamb, width=C.shape[1])
+    pack = Pack(name=f"{IDENTITY}-{lamb:g}", digest=f"{IDENTITY}-{lamb!r}", ridge=lamb, width=C.shape[1])
     return Edit(
         labels=(*labels, *names),
         keys=C,
