@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,13 +243,14 @@ def evaluate(
     )
     evaluation.save(folder, replace=share == bench.WHOLE)
     _print_forecast(pipe, evaluation, pictures, share)
+    start = time.monotonic()
     total = sum(len(batch) for plan in evaluation.plans for batch in share.of(plan.batches))
     with _progress(f"drawing, shard {share}" if share.count > 1 else "drawing before and after", total) as advance:
         bench.work(pipe, evaluation, adapters, judges, pictures, share, advance)
     if evaluation.unanswered(pictures):
         out.print(f"shard {share} is done, others are not: whoever ends last writes the report")
     else:
-        report = evaluation.report(pictures)
+        report = evaluation.report(pictures, seconds=time.monotonic() - start)
         _print_report(report, bench.save(report, folder))
 
 
@@ -300,6 +302,11 @@ def _to_device(pipe: Any) -> Any:
     return pipe.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}") if torch.cuda.is_available() else pipe
 
 
+def _speaks() -> bool:
+    """Whether this process tells how far it is: of those that a launcher started together, the first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _command(shard: str | None) -> str:
     """What was typed, without the shard: how to do all of it again."""
     words = [word for word in sys.argv[1:] if word not in (f"--shard={shard}", "--shard", shard)]
@@ -310,7 +317,7 @@ def _print_forecast(pipe: Any, evaluation: Any, pictures: Path, share: Any) -> N
     """How long drawing will take, if it is worth the measuring."""
     from .bench import images
 
-    if (left := evaluation.undrawn(pictures, share)) > 4 * evaluation.batch:
+    if (left := evaluation.undrawn(pictures, share)) > 4 * evaluation.batch and _speaks():
         seconds = images.pace(pipe, evaluation.plans[0])
         out.print(f"{left:,} pictures to draw, {seconds:.2f} s each: about {_time(left * seconds)}")
 
@@ -373,7 +380,7 @@ def _print_adapter(adapter: ErasureAdapter) -> None:
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=int(os.environ.get("LOCAL_RANK") or 0) > 0) as progress:
+    with Progress(*columns, console=err, disable=not _speaks()) as progress:
         bar = progress.add_task(what, total=total)
         yield lambda n: progress.advance(bar, n)
 
