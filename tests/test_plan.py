@@ -161,3 +161,18 @@ def test_a_half_saved_batch_is_drawn_again_to_the_same_bits(sd1, tmp_path):
     draw(sd1, plan, tmp_path)
     assert [p.read_bytes() for p in files] == before
     assert [i for i, p in enumerate(files) if p.stat().st_mtime_ns != times[i]] == [1]
+
+
+def test_sdxl_is_drawn_by_plan(sdxl, tmp_path):
+    """Two encoders, two tokenizers and a pooled path: the model's digest and the pictures know them all."""
+    settings = Settings(steps=1, guidance=3.0, height=16, width=16)
+    plan, adapter = plan_for(sdxl, PROMPTS[:2], settings), erase(sdxl, "cat", target="dog")
+    draw(sdxl, plan, tmp_path)
+    load_erasure(sdxl, adapter)
+    erased = plan.erased([(adapter.digest, 1.0)])
+    draw(sdxl, erased, tmp_path)
+    before, after = paths(plan, tmp_path)[0].read_bytes(), paths(erased, tmp_path)[0].read_bytes()
+    assert before != after
+    with torch.no_grad():
+        next(sdxl.text_encoder_2.parameters()).neg_()
+    assert model_digest(sdxl) != plan.model
