@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from attaching import adapter, all_bits, error, look
+from attaching import adapter, all_bits, by_hand, error, look
 from conftest import make_pipe, sample
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +53,13 @@ def erased(sd1):
 def run(name, pipe, found=bright, budget=12 * GUIDED, **more):
     more = {"setting": SETTING} | OPTIONS.get(name, {}) | more
     return PROBES[name](pipe, "cat", found, budget, **more)
+
+
+class Undecoded(Subject):
+    """Draws latents, in which small differences show."""
+
+    def draw(self, *arguments, **options):
+        return super().draw(*arguments, **(options | {"latents": True}))
 
 
 class Counted:
@@ -159,15 +166,14 @@ def test_the_control_is_drawn_without_the_erasure(mode, sd1):
 
 def test_completion_spans_from_the_erased_to_the_unedited_picture(erased):
     """No step unedited is the erased picture, all of them the unedited one, and something else in between."""
-    one = Setting(**(vars(SETTING) | {"batch": 1}))
-    subject = Subject(erased, "cat", one)
+    subject = Undecoded(erased, "cat", SETTING)
     attack = PROBES["completion"].ways(subject)
     assert attack.aimed == [1, 2] and attack.unaimed == [0]
-    drawn = [attack.draw([k], [0])[0].tobytes() for k in (0, 1, 2)]
+    drawn = [attack.draw([k], [0])[0] for k in (0, 1, 2)]
     with subject.unedited():
-        unedited = [attack.draw([k], [0])[0].tobytes() for k in (0, 2)]
-    assert drawn[0] == subject.draw_names(["cat"], [0])[0].tobytes()
-    assert unedited[0] == unedited[1] and len({*drawn, unedited[0]}) == 4
+        unedited = [attack.draw([k], [0])[0] for k in (0, 2)]
+    assert torch.equal(drawn[0], subject.draw_names(["cat"], [0])[0]) and torch.equal(*unedited)
+    assert len({latents.numpy().tobytes() for latents in (*drawn, unedited[0])}) == 4
     assert get_active_erasures(erased) == ["cat"]
 
 
@@ -185,11 +191,6 @@ def test_the_erasure_is_back_in_force_when_a_judge_raises(in_control, erased):
 
 def test_inpainting_draws_only_in_the_hole(erased):
     """Outside of the hole the final latents are the unedited picture's own, inside they are not."""
-
-    class Undecoded(Subject):
-        def draw(self, *arguments, **options):
-            return super().draw(*arguments, **(options | {"latents": True}))
-
     subject = Undecoded(erased, "cat", SETTING)
     with subject.unedited():
         whole = subject.draw([subject.prompt("cat", 0)], [0])
@@ -263,14 +264,15 @@ def test_changed_embeddings_are_what_their_labels_say():
 @pytest.mark.parametrize("mode", ["map", "fused"])
 def test_embeddings_through_the_inverse_pass_the_erasure_by(mode, sd1):
     """Whoever knows the adapter and may hand over embeddings draws what the unedited model draws."""
-    load_erasure(sd1, adapter(sd1, "cat"), mode=mode)
-    subject = Subject(sd1, "cat", SETTING)
-    states = subject.encoder.encode([subject.prompt("cat", 0)]).rows
-    inverted = _inverse(subject)[INVERSE](states[0], None, None)[None]
+    load_erasure(sd1, adapter(sd1, "mild"), mode=mode)  # a residual of 0.3: its inverse multiplies rounding by little
+    subject = Undecoded(sd1, "castle", SETTING)
+    states = subject.encoder.encode([subject.prompt("castle", 0)]).rows
+    inverted = _inverse(subject)[INVERSE](states, None, None)
+    assert error(by_hand(inverted, adapter(sd1, "mild").edit), states) < 1e-4
     with subject.unedited():
-        unedited = subject.draw(states, [0], latents=True)
-    passed, stopped = (error(subject.draw(given, [0], latents=True), unedited) for given in (inverted, states))
-    assert passed < stopped / 20  # a residual of 0.02 multiplies rounding by its inverse
+        unedited = subject.draw(states, [0])
+    passed, stopped = (error(subject.draw(given, [0]), unedited) for given in (inverted, states))
+    assert passed < stopped / 10
 
 
 def test_the_search_gets_nearer_and_never_uses_the_name(erased):

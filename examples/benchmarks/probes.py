@@ -18,7 +18,7 @@ from diffusers_erase.bench.metrics import Share
 from diffusers_erase.bench.probes import PROBES, Setting
 
 OBJECTS = ("butterfly", "guitar", "snail")
-OPTIONS = {"concept-vector": {"scales": (1.0, 3.0), "population": 16, "generations": 20}}
+OPTIONS = {"concept-vector": {"scales": (1.0, 3.0), "population": 16, "generations": 15}}
 SHARES = ("came_back", "control", "chance")
 
 
@@ -29,6 +29,7 @@ def measured(pipe, judge, concept: str, budget: int, folder: Path) -> dict[str, 
         names=tuple(world.paraphrases(concept)),
         steps=world.STEPS,
         guidance=world.GUIDANCE,
+        batch=16,
     )
     told = {}
     for name, probe in PROBES.items():
