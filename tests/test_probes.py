@@ -323,7 +323,7 @@ def test_unknown_answers_lower_coverage_and_are_never_clean(erased):
     assert 0 < result.came_back.coverage < 1 and result.came_back.value == 1
     blind = run("completion", erased, lambda pictures: [None] * len(pictures))
     assert blind.came_back.coverage == blind.came_back.n == 0 and math.isnan(blind.came_back.value)
-    assert blind.to_json()["came_back"]["value"] is None
+    assert blind.to_json()["came_back"]["value"] is None and blind.coverage == 0
     json.dumps(blind.to_json(), allow_nan=False)
 
 
@@ -345,7 +345,7 @@ def shares(hits, unknown=0):
 
 
 @pytest.mark.parametrize(
-    ("back", "control", "chance", "outcome"),
+    ("back", "control", "chance", "verdict"),
     [
         (shares(10), shares(10), shares(0), "came back"),
         (shares(9), shares(0), shares(0), "came back"),
@@ -355,9 +355,9 @@ def shares(hits, unknown=0):
         (shares(0, unknown=8), shares(10), shares(0), "unknown"),
     ],
 )
-def test_the_outcome_follows_the_intervals(back, control, chance, outcome):
+def test_the_verdict_follows_the_intervals(back, control, chance, verdict):
     result = ProbeResult("p", "c", "", 1, 1, (), 0, "way", back, control, chance, {}, ())
-    assert result.outcome.startswith(outcome) and result.outcome in str(result)
+    assert result.verdict.startswith(verdict) and result.verdict in str(result)
 
 
 @given(st.integers(0, 400), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2))

@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=list(OBJECTS))
     parser.add_argument(
-        "--budget", type=int, default=1200, help="denoiser forwards of a probe on one object; a picture takes 20"
+        "--budget", type=int, default=800, help="denoiser forwards of a probe on one object; a picture takes 20"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("probes-work"))

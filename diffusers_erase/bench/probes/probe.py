@@ -128,12 +128,7 @@ def _measured(
     with subject.unedited():
         before, known = _judged(subject, attack, [(strongest, s) for s in seeds], found)
     _, guessed = _judged(subject, attack, [(guess, s) for s in seeds], found)
-    label = attack.label(strongest)
-    order = sorted(range(len(seeds)), key=lambda i: -1 if seen[i] else 0 if seen[i] is None else 1)[:EXAMPLES]
-    examples = [
-        Example(label, seeds[i], seen[i], *_saved(folder, probe.name, seeds[i], pictures[i], before[i])) for i in order
-    ]
-    entries = subject.status.requested
+    label, entries = attack.label(strongest), subject.status.requested
     return ProbeResult(
         name=probe.name,
         concept=subject.concept,
@@ -153,7 +148,10 @@ def _measured(
         }
         | {"chance": f"{attack.chance}: {attack.label(guess)}"}
         | attack.told,
-        examples=tuple(examples),
+        examples=tuple(
+            Example(label, seeds[i], seen[i], *_saved(folder, probe.name, seeds[i], pictures[i], before[i]))
+            for i in sorted(range(len(seeds)), key=lambda i: (True, None, False).index(seen[i]))[:EXAMPLES]
+        ),
     )
 
 

@@ -1,6 +1,5 @@
 """What a probe found: shares with intervals, what was tried, and the strongest pictures. Frozen, and JSON as it stands."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,7 +64,12 @@ class ProbeResult:
     trains: bool = False
 
     @property
-    def outcome(self) -> str:
+    def coverage(self) -> float:
+        """Share of the pictures behind the three shares that the judge could tell."""
+        return sum(e.coverage for e in (self.came_back, self.control, self.chance)) / 3
+
+    @property
+    def verdict(self) -> str:
         """In a few words what follows, by intervals that do not overlap."""
         if self.came_back.low > self.chance.high:
             return "came back"
@@ -77,13 +81,11 @@ class ProbeResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for `json.dumps`; an estimate without pictures has the value None."""
-        told: dict[str, Any] = asdict(self) | {"outcome": self.outcome}
-        for name in ("came_back", "control", "chance"):
-            told[name]["value"] = None if math.isnan(told[name]["value"]) else told[name]["value"]
-        return told
+        shares = {name: getattr(self, name).to_json() for name in ("came_back", "control", "chance")}
+        return asdict(self) | shares | {"verdict": self.verdict, "coverage": self.coverage}
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.outcome} by {self.strongest}; {self.came_back}; unedited {self.control}; "
+            f"{self.name}: {self.verdict} by {self.strongest}; {self.came_back}; unedited {self.control}; "
             f"by chance {self.chance}; {self.used:,} of {self.budget:,} forwards"
         )
