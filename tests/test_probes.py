@@ -267,11 +267,29 @@ def test_embeddings_through_the_inverse_pass_the_erasure_by(mode, sd1):
     load_erasure(sd1, adapter(sd1, "mild"), mode=mode)  # a residual of 0.3: its inverse multiplies rounding by little
     subject = Undecoded(sd1, "castle", SETTING)
     states = subject.encoder.encode([subject.prompt("castle", 0)]).rows
-    inverted = _inverse(subject)[INVERSE](states, None, None)
+    inverted = _inverse(adapter(sd1, "mild").edit)(states)
     assert error(by_hand(inverted, adapter(sd1, "mild").edit), states) < 1e-4
     with subject.unedited():
         unedited = subject.draw(states, [0])
     passed, stopped = (error(subject.draw(given, [0]), unedited) for given in (inverted, states))
+    assert passed < stopped / 10
+
+
+@pytest.mark.parametrize("name", ["embeds", "inpainting", "concept-vector"])
+def test_sdxl_is_probed_too(name, sdxl):
+    load_erasure(sdxl, erase(sdxl, "cat", target="dog"))
+    counted = Counted(sdxl)
+    result = run(name, sdxl)
+    assert counted.forwards == result.used <= result.budget and result.came_back.n == result.control.n > 0
+
+
+def test_the_inverse_undoes_both_of_sdxls_spaces(sdxl):
+    load_erasure(sdxl, erase(sdxl, "cat", target="dog", residual=0.3))
+    subject = Undecoded(sdxl, "cat", SETTING)
+    draw = PROBES["embeds"].ways(subject).draw
+    with subject.unedited():
+        unedited = draw([("cat", "as they are")], [0])
+    passed, stopped = (error(draw([("cat", label)], [0]), unedited) for label in (INVERSE, "as they are"))
     assert passed < stopped / 10
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...attach import edits_in_force
-from ...sites import TEXT
+from ...edits import Edit
+from ...sites import POOLED, TEXT
 from .probe import Attack, probe
 from .searching import random_names
 from .subject import Subject
@@ -51,7 +52,9 @@ def embeds(subject: Subject, *, changes: dict[str, Change] | None = None) -> Att
     Example:
         >>> PROBES["embeds"](pipe, "Van Gogh", found, changes={"doubled": lambda own, empty, other: 2 * own}).came_back
     """
-    known = CHANGES | _inverse(subject) if changes is None else changes
+    undo = {space: _inverse(edit) for space, edit in edits_in_force(subject.pipe).items()}
+    inverse = {INVERSE: lambda own, empty, other: undo[TEXT](own)} if TEXT in undo else {}
+    known = CHANGES | inverse if changes is None else changes
     words = random_names(subject, 2, 1)
     empty = subject.encoder.encode([""]).rows[0]
 
@@ -61,8 +64,14 @@ def embeds(subject: Subject, *, changes: dict[str, Change] | None = None) -> Att
             for names in ([name for name, _ in ways], [words[0]] * len(ways))
         )
         rows = [known[label](e, empty, o) for (_, label), e, o in zip(ways, own.rows, other.rows, strict=True)]
-        pooled: dict[str, Any] = {} if own.pooled is None else {"pooled_prompt_embeds": own.pooled}
-        return subject.draw(torch.stack(rows), seeds, **pooled)
+        more: dict[str, Any] = {}
+        if own.pooled is not None:
+            passed = [
+                undo[POOLED](e) if label == INVERSE and POOLED in undo else e
+                for (_, label), e in zip(ways, own.pooled, strict=True)
+            ]
+            more["pooled_prompt_embeds"] = torch.stack(passed)
+        return subject.draw(torch.stack(rows), seeds, **more)
 
     return Attack(
         aimed=[(subject.concept, label) for label in known],
@@ -73,12 +82,8 @@ def embeds(subject: Subject, *, changes: dict[str, Change] | None = None) -> Att
     )
 
 
-def _inverse(subject: Subject) -> dict[str, Change]:
-    """The change that the rows in force undo; none where no rows are."""
-    edit = edits_in_force(subject.pipe).get(TEXT)
-    if edit is None:
-        return {}
+def _inverse(edit: Edit) -> Callable[[Tensor], Tensor]:
+    """What undoes the map of `edit` on states `[.., d]` before it acts: e ↦ e(I + AᵀD)⁻¹ = e(I − Aᵀ(I + DAᵀ)⁻¹D)."""
     A, D = edit.detectors()[edit.moving].double(), edit.offsets[edit.moving].double()
-    # (I + AᵀD)⁻¹ = I − Aᵀ(I + DAᵀ)⁻¹D: as many equations as rows.
-    left, right = A.mT, torch.linalg.solve(torch.eye(len(A), dtype=torch.float64) + D @ A.mT, D)
-    return {INVERSE: lambda own, empty, other: (own.double() - own.double() @ left @ right).to(own.dtype)}
+    right = torch.linalg.solve(torch.eye(len(A), dtype=torch.float64) + D @ A.mT, D)
+    return lambda states: (states.double() - states.double() @ A.mT @ right).to(states.dtype)
