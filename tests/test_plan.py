@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_erase import MismatchError, erase, load_erasure, set_erasures, unload_erasure
-from diffusers_erase.bench.images import draw, model_digest, paths, plan_for, undrawn
+from diffusers_erase.bench.images import draw, generate, model_digest, paths, plan_for, undrawn
 from diffusers_erase.bench.plan import Plan, Shard
-from diffusers_erase.bench.suites import Prompt, Settings
+from diffusers_erase.bench.suites import Prompt, Settings, Suite
 from diffusers_erase.errors import EraseError
 
 SETTINGS = Settings(steps=1, guidance=3.0)
@@ -161,6 +161,12 @@ def test_a_half_saved_batch_is_drawn_again_to_the_same_bits(sd1, tmp_path):
     draw(sd1, plan, tmp_path)
     assert [p.read_bytes() for p in files] == before
     assert [i for i, p in enumerate(files) if p.stat().st_mtime_ns != times[i]] == [1]
+
+
+def test_generate_is_the_plan_of_a_whole_suite(sd1, tmp_path):
+    suite = Suite("small", "1", "a test", "Apache-2.0", tuple(PROMPTS), {}, SETTINGS)
+    files = generate(sd1, suite, tmp_path)
+    assert files == paths(plan_for(sd1, PROMPTS, SETTINGS), tmp_path) and all(file.is_file() for file in files)
 
 
 def test_sdxl_is_drawn_by_plan(sdxl, tmp_path):

@@ -126,7 +126,9 @@ class Evaluation:
             suite = Suite.from_json(told["suite"])
             tried = {name: (adapter, tuple(concepts)) for name, (adapter, concepts) in told["tried"].items()}
             found = cls(suite, tried, told["judges"], told["model"], told["batch"], told["command"])
-            return found if found.tries else found  # its plans check themselves
+            if not found.tries:
+                raise TypeError("nothing was tried")
+            return found
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise MismatchError(f"{path} lacks or garbles a part ({error!r}): evaluate again") from error
 
