@@ -116,7 +116,7 @@ def work(
     shard: Shard = WHOLE,
     on_picture: Callable[[int], Any] = lambda n: None,
 ) -> None:
-    """Draw and judge one shard of everything that was planned, unless it is there already.
+    """Draw and judge one shard of everything that was planned, unless it is there already; all plans are written first.
 
     Example, one of four workers, and whoever comes last:
         >>> evaluation = planned(pipe, adapter, suite, judges)
@@ -124,6 +124,8 @@ def work(
         >>> if not evaluation.unanswered("pictures"):
         ...     save(evaluation.report("pictures"), "evaluation")
     """
+    for plan in evaluation.plans:
+        plan.save(folder)
     named = _named(adapters)
     jobs = ((plan, put) for t in evaluation.tries for plan, put in ((t.before, None), (t.after, named[t.name])))
     for plan, adapter in {plan.digest: (plan, adapter) for plan, adapter in jobs}.values():
