@@ -100,6 +100,12 @@ class ErasureAdapter:
         return hub.digest([content, [asdict(r) for r in self.recipes], self.encoder.to_json(), *more])
 
     @property
+    def saturation(self) -> float | None:
+        """How far it moves everything else (`Edit.saturation`), of several spaces the most; None where that is not known."""
+        known = [edit.saturation for edit in self.edits.values()]
+        return max((s for s in known if s is not None), default=None)
+
+    @property
     def size(self) -> int:
         """Bytes of the rows or factors."""
         return sum(tensor.nbytes for tensor in self._tensors().values())

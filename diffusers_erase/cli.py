@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from . import attach
 from .adapter import ErasureAdapter
 from .adapter import compose as compose_adapters
+from .edits import too_full
 from .erasing import erase as erase_concepts
 from .errors import EraseError
 from .task import METHODS
@@ -368,13 +369,16 @@ def _print_adapter(adapter: ErasureAdapter) -> None:
             "not measured" if r.effect is None else f"{r.effect:.3f}",
         )
     out.print(table)
-    if adapter.edit.preserved:
-        out.print(f"preserved: {', '.join(adapter.edit.preserved)}")
-    edit = adapter.edit
-    facts = f"base pack {edit.pack}, width {edit.width}, {len(edit.labels)} rows, {adapter.size:,} bytes"
     if adapter.factors is not None:
         facts = f"factors of {len(adapter.factors.pairs)} layers, {adapter.size:,} bytes"
+    else:
+        edit = adapter.edit
+        if edit.preserved:
+            out.print(f"preserved: {', '.join(edit.preserved)}")
+        facts = f"base pack {edit.pack}, width {edit.width}, {len(edit.labels)} rows, {adapter.size:,} bytes"
     out.print(f"{facts}, digest {adapter.digest[:16]}")
+    if adapter.saturation is not None:
+        out.print(f"saturation {adapter.saturation:.2f}{too_full(adapter.saturation)}")
 
 
 @contextmanager

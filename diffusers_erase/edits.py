@@ -416,6 +416,13 @@ def marks(edits: Mapping[str, Edit]) -> dict[str, dict[str, str]]:
     return found
 
 
+def too_full(saturation: float | None) -> str:
+    """A warning for a set that other concepts begin to suffer from, else nothing."""
+    if saturation is None or saturation <= SATURATED:
+        return ""
+    return f": beyond {SATURATED:g} other concepts begin to suffer; erase fewer together, or with a gate"
+
+
 def overruled(edits: Sequence[Edit]) -> tuple[str, ...]:
     """Names that some of `edits` preserve and others erase: composing leaves their preserved rows out."""
     erased = {same_name(row.name) for edit in edits for row in edit.labels if row.targets is not None}
