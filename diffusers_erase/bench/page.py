@@ -225,6 +225,8 @@ def _facts(report: Report) -> str:
     }
     for aspect, judge in report.judges.items():
         told[f"judge of {aspect!r}"] = _pairs_of({k: v for k, v in judge.items() if k != "labels"})
+    for measure in report.measures:
+        told[measure["name"]] = _pairs_of({k: v for k, v in measure.items() if k != "name"})
     for trial in report.trials:
         told[trial.name] = _adapter(trial)
     told |= {"made with": _pairs_of(report.made), "took": f"{report.seconds:.0f} s; what was cached took none"}

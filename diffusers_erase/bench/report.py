@@ -199,6 +199,8 @@ class Report:
     """How to run it again."""
     seconds: float = 0.0
     """How long this run took; what was cached took none."""
+    measures: Sequence[Mapping[str, Any]] = ()
+    """What each measure says of itself, with its digest."""
     untried: tuple[str, ...] = ()
     """Names of the probes that were not run."""
     made: Mapping[str, str] = field(default_factory=dict)
@@ -236,7 +238,7 @@ class Report:
             yield f"{missing} of {len(seen)} answers of judges, since not all shards were done: they count neither way"
         if unknown := sum(verdict.label is None for verdict in seen) - missing:
             yield f"{unknown} pictures that a judge could not tell: they count neither way"
-        if not any(trial.measures for trial in self.trials):
+        if not self.measures:
             yield "looks and meaning beyond labels: no CLIP score, LPIPS or FID was taken"
         for aspect in ASPECTS:
             if aspect not in self.judges and self.suite.labels(aspect):
@@ -258,6 +260,7 @@ class Report:
                 "licence": suite.licence, "settings": asdict(suite.settings),
             },
             "judges": {aspect: dict(told) for aspect, told in self.judges.items()},
+            "measures": [dict(told) for told in self.measures],
             "trials": [_trial_json(trial) for trial in self.trials],
             "comparisons": [
                 {"first": a, "second": b, "part": part, "p": c.p, "test": c.test, "difference": _json(c.difference)}
