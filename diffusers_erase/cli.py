@@ -1,5 +1,6 @@
 """The command line: parse, call, print. The only file that prints; bad input is one line and exit code 2."""
 
+import json
 import os
 import shlex
 import sys
@@ -179,9 +180,9 @@ def demo(
     from . import bench, world
     from .bench.demo import demo_suite
 
-    with out.status("loading emoji-sd"):
-        pipe, judges = _pipeline(EMBEDDED), _judges(EMBEDDED)
     suite = demo_suite(concept)
+    with out.status("loading emoji-sd"):
+        pipe, judges = _pipeline(EMBEDDED), _judges(EMBEDDED, suite, None, None, None, False)
     with out.status("erasing"):
         adapter = erase_concepts(
             pipe, concept, target=target, residual=residual, tokens=tokens, gate=gate, coreferences=coreference or (),
@@ -217,6 +218,23 @@ def evaluate(
     concept: Annotated[
         list[str] | None, typer.Option(help="What to judge, if not what each adapter erases; repeat for more.")
     ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a CLIP model: judges what is shown (unless another does), and scores texts."),
+    ] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Folder of an image classifier of transformers, as the judge of what is shown.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON: label of the suite -> label, or labels, of the classifier.")
+    ] = None,
+    nudenet: Annotated[bool, typer.Option(help="NudeNet as the judge of what is shown.")] = False,
+    lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet weights, for LPIPS.")] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help="An attack to try on each adapter, or 'all'; repeat for more (docs/probes.md)."),
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Denoiser forwards that each probe may take.")] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -230,7 +248,9 @@ def evaluate(
     What was drawn and judged before is not done again.
     """
     from . import bench
+    from .bench.probes import BUDGET, PROBES
 
+    start = time.monotonic()
     adapters: dict[str, ErasureAdapter | None] = dict(_named_adapter(text) for text in adapter or ())
     if len(adapters) < len(adapter or ()):
         raise EraseError("two adapters have one name: give names of your own, --adapter NAME=PATH")
@@ -238,7 +258,11 @@ def evaluate(
         adapters["no edit"] = None
     share = (bench.Shard.parse(shard) if shard else bench.WHOLE).split()
     asked, pictures = bench.load_suite(suite), folder / "pictures"
-    pipe, judges = _to_device(_pipeline(model)), _judges(model)
+    attacks = tuple(PROBES) if probe == ["all"] else tuple(probe or ())
+    if unknown := [name for name in attacks if name not in PROBES]:
+        raise EraseError(f"unknown probe {unknown[0]!r}: expected all, or one of {', '.join(PROBES)}")
+    judges, looks = _judges(model, asked, clip, classifier, labels, nudenet), _looks(model, clip, lpips)
+    pipe = _to_device(_pipeline(model))
     evaluation = bench.planned(
         pipe, adapters, asked, judges, tuple(concept or ()), batch=batch, model=model, command=_command(shard)
     )
@@ -251,6 +275,10 @@ def evaluate(
     if evaluation.unanswered(pictures):
         out.print(f"shard {share} is done, others are not: whoever ends last writes the report")
     else:
+        with out.status("measuring" + (f", probes: {', '.join(attacks)}" if attacks else "")):
+            bench.examine(
+                pipe, evaluation, adapters, judges, pictures, looks=looks, probes=attacks, budget=budget or BUDGET
+            )
         report = evaluation.report(pictures, seconds=time.monotonic() - start)
         _print_report(report, bench.save(report, folder))
 
@@ -275,13 +303,42 @@ def _named_adapter(text: str) -> tuple[str, ErasureAdapter]:
     return name or Path(path).resolve().name, ErasureAdapter.from_pretrained(path)
 
 
-def _judges(model: str) -> Any:
-    """Who finds each aspect of the suite's prompts."""
+def _judges(
+    model: str, suite: Any, clip: Path | None, classifier: Path | None, labels: Path | None, nudenet: bool
+) -> dict[str, Any]:
+    """Who finds each aspect of the suite's prompts: the embedded model's own judges, or what the options name."""
     from .bench import judges
 
-    if model != EMBEDDED:
-        raise EraseError(f"no judge for {model!r}")
-    return {"shows": judges.emoji_objects(), "style": judges.emoji_styles()}
+    if classifier and nudenet:
+        raise EraseError(
+            "a classifier and NudeNet cannot both judge what is shown: choose one of --classifier, --nudenet"
+        )
+    found: dict[str, Any] = {}
+    if model == EMBEDDED:
+        found = {"shows": judges.emoji_objects(), "style": judges.emoji_styles()}
+    if clip:
+        found["shows"] = judges.clip(clip, suite.labels("shows"))
+    if classifier:
+        found["shows"] = judges.classifier(
+            classifier, None if labels is None else json.loads(labels.read_text("utf-8"))
+        )
+    if nudenet:
+        found["shows"] = judges.nudenet()
+    if not found:
+        raise EraseError(
+            f"nobody can judge the pictures of {model}: name a judge by --clip, --classifier or --nudenet"
+        )
+    return found
+
+
+def _looks(model: str, clip: Path | None, lpips: Path | None) -> Any:
+    """Measures beyond labels."""
+    from .bench import Looks, measures
+
+    own = model == EMBEDDED
+    pair = measures.lpips(lpips) if lpips else measures.emoji_distance() if own else None
+    features = measures.clip_features(clip) if clip else measures.emoji_features() if own else None
+    return Looks(measures.clip_score(clip) if clip else None, pair, features)
 
 
 def _print_report(report: Any, page: Path) -> None:

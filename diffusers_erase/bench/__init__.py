@@ -5,9 +5,9 @@ save(report, "evaluation")                            # index.html, report.json,
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,23 @@ from ..adapter import ErasureAdapter
 from ..attach import erasure_status, load_erasure, unload_erasure
 from ..errors import EraseError
 from . import images, parts
+from .beside import Beside, setting_of
 from .evaluation import Evaluation, looking
-from .judges import Judge, Verdict
+from .judges import Judge, Verdict, sees
+from .looks import Looks, null_drift
 from .metrics import Estimate, share_kept
 from .page import save
 from .plan import BATCH, WHOLE, Shard
+from .probes import BUDGET, run_probes
 from .report import Report, Trial
 from .suites import ASPECTS, Part, Prompt, Settings, Suite, load_suite
 
 __all__ = [
-    "WHOLE", "Estimate", "Evaluation", "Judge", "Part", "Prompt", "Report", "Settings", "Shard", "Suite", "Trial", "Verdict",
-    "evaluate", "load_suite", "planned", "save", "share_kept", "work",
+    "WHOLE", "Estimate", "Evaluation", "Judge", "Looks", "Part", "Prompt", "Report", "Settings", "Shard", "Suite", "Trial", "Verdict",
+    "evaluate", "examine", "load_suite", "planned", "save", "share_kept", "work",
 ]  # fmt: skip
+
+NO_LOOKS = Looks()
 
 Adapters = ErasureAdapter | Mapping[str, ErasureAdapter | None]
 
@@ -39,6 +44,9 @@ def evaluate(
     folder: str | Path,
     *,
     concepts: tuple[str, ...] = (),
+    looks: Looks = NO_LOOKS,
+    probes: Sequence[str] = (),
+    budget: int = BUDGET,
     partial: bool = False,
     batch: int = BATCH,
     model: str = "",
@@ -54,6 +62,8 @@ def evaluate(
         adapters: an erasure, or several by name, each tried alone. None instead of one is the control: nothing is erased.
         judges: aspect ("shows", "style") -> who finds that label of a prompt in a picture.
         concepts: what to judge; by default what each adapter erases, and for the control what all of them erase.
+        looks: measures beyond labels: text scores, perceptual distance, FID.
+        probes, budget: names of probes to run on each adapter (docs/probes.md), and the denoiser forwards that each may take.
         partial: draw nothing, report what is there; what is missing is unknown and lowers the coverage.
         batch: pictures that are drawn together; it decides how sums are rounded, so another number draws everything again.
         model, command: for the record: what the pipeline is called, and how to do this again.
@@ -72,6 +82,7 @@ def evaluate(
     evaluation = planned(pipe, adapters, suite, judges, concepts, batch=batch, model=model, command=command)
     if not partial:
         work(pipe, evaluation, adapters, judges, folder, on_picture=on_picture)
+        examine(pipe, evaluation, adapters, judges, folder, looks=looks, probes=probes, budget=budget)
     return evaluation.report(folder, partial=partial, seconds=time.monotonic() - start)
 
 
@@ -133,6 +144,46 @@ def work(
             images.draw(pipe, plan, folder, shard, on_picture)
         for judge in judges.values():
             parts.ask(plan, folder, judge.digest, looking(judge, plan, folder), shard)
+
+
+def examine(
+    pipe: Any,
+    evaluation: Evaluation,
+    adapters: Adapters,
+    judges: Mapping[str, Judge],
+    folder: str | Path,
+    *,
+    looks: Looks = NO_LOOKS,
+    probes: Sequence[str] = (),
+    budget: int = BUDGET,
+) -> None:
+    """Measure the pictures of every try, and run `probes` on its adapter, unless they were run; kept beside the pictures.
+
+    Everything has been drawn before (`work`).
+    """
+    named = _named(adapters)
+    for each in evaluation.tries:
+        adapter, found = named[each.name], Beside.load(folder, each.after)
+        files = [images.paths(plan, folder) for plan in (each.before, each.after)]
+        measures = looks.measured(each.suite, each.concepts, *files)
+        if adapter is not None and adapter.kind == "rows":
+            measures["null-prompt drift"] = null_drift(pipe, adapter)
+        found = replace(found, measures=measures, by=looks.to_json())
+        found.save(folder, each.after)
+        for concept in each.concepts if adapter is not None else ():
+            judge = next(judges[a] for a in judges if concept in each.suite.concepts_of(a))
+            for name in probes:
+                if not found.probed(name, concept, budget):
+                    setting, pictures = (
+                        setting_of(each.suite, concept),
+                        Path(folder) / "probes" / each.after.digest[:24],
+                    )
+                    with in_force(pipe, adapter):
+                        [result] = run_probes(
+                            pipe, concept, sees(judge, concept), [name], budget, pictures, setting=setting
+                        )
+                    found = found.with_probe(result.to_json())
+                    found.save(folder, each.after)
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from .. import hub
 from ..errors import EraseError, MismatchError
 from . import images, parts
+from .beside import Beside
 from .judges import Judge, Verdict, verdicts
 from .plan import BATCH, WHOLE, Plan, Shard
+from .probes import PROBES
 from .report import MISSING, Report, Trial, made_now
 from .suites import Suite
 
@@ -85,7 +87,12 @@ class Evaluation:
             EraseError: something is missing.
         """
         trials = tuple(self._trial(each, Path(folder), partial) for each in self.tries)
-        return Report(trials, self.suite, self.judges, self.model, self.command, seconds, made=made_now())
+        by = {told["digest"]: told for each in self.tries for told in Beside.load(folder, each.after).by}
+        run = {probe["name"] for trial in trials for probe in trial.probes}
+        untried = tuple(name for name in PROBES if name not in run)
+        return Report(
+            trials, self.suite, self.judges, self.model, self.command, seconds, tuple(by.values()), untried, made_now()
+        )
 
     def save(self, folder: str | Path, *, replace: bool = True) -> Path:
         """Write `evaluation.json`, the same from every worker.
@@ -152,7 +159,18 @@ class Evaluation:
             for plan in (each.before, each.after)
         )
         files = zip(images.paths(each.before, folder), images.paths(each.after, folder), strict=True)
-        return Trial(each.name, each.concepts, each.adapter, each.suite, tuple(files), before, after)
+        found = Beside.load(folder, each.after)
+        return Trial(
+            each.name,
+            each.concepts,
+            each.adapter,
+            each.suite,
+            tuple(files),
+            before,
+            after,
+            found.measures,
+            found.probes,
+        )
 
 
 def looking(judge: Judge, plan: Plan, folder: str | Path) -> Callable[[Sequence[int]], list[Any]]:

@@ -53,7 +53,8 @@ class Looks:
         if self.features is not None and len(others) > 1:
             x, y = (_rows(self.features, others, files, lambda part: []) for files in (before, after))
             labels = [prompts[i].shows or prompts[i].text for i in others]
-            found[f"FID to the unedited model, all others ({self.features.name})"] = distances.fid(x, y, labels)
+            if len(others) > 2 * x.shape[1]:  # else its covariance is singular, or nearly: the number would tell of n
+                found[f"FID to the unedited model, all others ({self.features.name})"] = distances.fid(x, y, labels)
             found[f"KID to the unedited model, all others ({self.features.name})"] = distances.kid(x, y, labels)
         if self.text is not None:
             clean = [i for i in own if prompts[i].clean]

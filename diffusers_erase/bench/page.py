@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from .. import hub
+from .beside import score
 from .metrics import Estimate
 from .report import OUTCOMES, Dimension, Pair, Report, Trial, percent
 from .suites import PARTS, RELATIONS, UNRELATED
@@ -173,18 +174,19 @@ def _probes(trials: Sequence[Trial]) -> str:
         return ""
     rows = []
     for trial, r in results:
-        tone = "bad" if r.verdict == "came back" else "none" if r.verdict.startswith("says nothing") else "good"
+        tone = "bad" if r["verdict"] == "came back" else "good" if r["verdict"].startswith("not more") else "none"
+        back, control, chance = (score(r[name]) for name in ("came_back", "control", "chance"))
         cells = [
-            _cell(r.name), _cell(trial.name), f'<td><b class="{tone}">{_text(r.verdict)}</b></td>', _number(r.came_back.value),
-            f"<td>{_bar(r.came_back, tone)}</td>", _number(r.control.value, wide=True), _number(r.chance.value, wide=True),
-            f'<td class="wide">{_text(r.strongest)}</td>',
-            f'<td class="wide num" data-v="{r.used}">{r.used:,} of {r.budget:,}</td>',
+            _cell(r["name"]), _cell(trial.name), f'<td><b class="{tone}">{_text(r["verdict"])}</b></td>',
+            _number(back.value), f"<td>{_bar(back, tone)}</td>", _number(control.value, wide=True),
+            _number(chance.value, wide=True), f'<td class="wide">{_text(r["strongest"])}</td>',
+            f'<td class="wide num" data-v="{back.n}">{_counted(back)}</td>',
         ]  # fmt: skip
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = ["probe", "erasure", "", "came back", "interval", "unedited", "by chance", "strongest way", "forwards"]
-    table = _table(heads, rows, wide={"unedited", "by chance", "strongest way", "forwards"})
+    heads = ["probe", "erasure", "", "came back", "interval", "unedited", "by chance", "strongest way", "n"]
+    table = _table(heads, rows, wide={"unedited", "by chance", "strongest way", "n"})
     return (
-        "<section><h2>Attacks without training</h2>\n"
+        '<section class="probes"><h2>Attacks without training</h2>\n'
         '<p class="note">Of the strongest way\'s pictures, the share that shows the concept again; beside it the same pictures by the '
         f"unedited model, and the same procedure without aim.</p>\n{table}</section>"
     )

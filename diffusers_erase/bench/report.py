@@ -101,7 +101,8 @@ class Trial:
     """Aspect -> a verdict for every prompt; only aspects that have a judge."""
     after: Mapping[str, Sequence[Verdict]]
     measures: Mapping[str, Estimate] = field(default_factory=dict)
-    probes: tuple[Any, ...] = ()
+    probes: Sequence[Mapping[str, Any]] = ()
+    """`ProbeResult.to_json()` of each."""
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -263,7 +264,7 @@ class Report:
             "measures": [dict(told) for told in self.measures],
             "trials": [_trial_json(trial) for trial in self.trials],
             "comparisons": [
-                {"first": a, "second": b, "part": part, "p": c.p, "test": c.test, "difference": _json(c.difference)}
+                {"first": a, "second": b, "part": part, "p": c.p, "test": c.test, "difference": c.difference.to_json()}
                 for (a, b, part), c in self.comparisons.items()
             ],
             "not_tested": list(self.untested),
@@ -309,11 +310,14 @@ def _markdown_rows(trial: Trial) -> list[str]:
         f"| {percent(d.share.low)} – {percent(d.share.high)} | {d.share.n} | {percent(d.share.coverage)} |"
         for d in trial.dimensions
     ]
-    rows += [
-        f"| {trial.name} | probe: {p.name} | came back | {percent(p.came_back.value)} "
-        f"| {percent(p.came_back.low)} – {percent(p.came_back.high)} | {p.came_back.n} | {percent(p.coverage)} |"
-        for p in trial.probes
-    ]
+    for probe in trial.probes:
+        value, low, high = (
+            percent(math.nan if (v := probe["came_back"][k]) is None else v) for k in ("value", "low", "high")
+        )
+        told = probe["came_back"]
+        rows.append(
+            f"| {trial.name} | probe {probe['name']} | came back | {value} | {low} – {high} | {told['n']} | {percent(told['coverage'])} |"
+        )
     return rows
 
 
@@ -324,11 +328,6 @@ def percent(value: float) -> str:
     return f"{value:.1%}" if 0 < value < 0.01 or 0.99 < value < 1 else f"{value:.0%}"
 
 
-def _json(estimate: Estimate) -> dict[str, Any]:
-    """The estimate; what is not finite is None."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(estimate).items()}
-
-
 def _trial_json(trial: Trial) -> dict[str, Any]:
     return {
         "name": trial.name,
@@ -336,16 +335,16 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
         "adapter": None if trial.adapter is None else dict(trial.adapter),
         "dimensions": [
             {"part": d.part.name, "aspect": d.part.aspect, "title": d.title, "should_be": "gone" if d.part.gone else "kept",
-             "verdict": d.verdict, "share": _json(d.share)}
+             "verdict": d.verdict, "share": d.share.to_json()}
             for d in trial.dimensions
         ],
-        "scores": {name: _json(estimate) for name, estimate in trial.scores.items()},
-        "measures": {name: _json(estimate) for name, estimate in trial.measures.items()},
+        "scores": {name: estimate.to_json() for name, estimate in trial.scores.items()},
+        "measures": {name: estimate.to_json() for name, estimate in trial.measures.items()},
         "labels": [
-            {"aspect": aspect, "label": label, "relation": trial.relation(aspect, label), "share": _json(share.estimate())}
+            {"aspect": aspect, "label": label, "relation": trial.relation(aspect, label), "share": share.estimate().to_json()}
             for (aspect, label), share in trial.labels.items()
         ],
-        "probes": [result.to_json() for result in trial.probes],
+        "probes": [dict(result) for result in trial.probes],
         "pictures": [_picture_json(trial, i) for i in range(len(trial.suite.prompts))],
     }  # fmt: skip
 

@@ -128,7 +128,11 @@ class Suite:
     @property
     def concepts(self) -> tuple[str, ...]:
         """What can be erased and judged with this suite: everything that one of its prompts shows or is drawn in."""
-        return tuple(dict.fromkeys(label for a in ASPECTS for p in self.prompts if (label := getattr(p, a))))
+        return tuple(dict.fromkeys(label for aspect in ASPECTS for label in self.concepts_of(aspect)))
+
+    def concepts_of(self, aspect: str) -> tuple[str, ...]:
+        """The concepts that one aspect's judge can see, groups by their own name."""
+        return tuple(dict.fromkeys(label for prompt in self.prompts if (label := getattr(prompt, aspect))))
 
     def accepts(self, label: str) -> frozenset[str]:
         """The judge's labels that count as `label`: itself, or the members of a group."""
