@@ -250,7 +250,6 @@ def evaluate(
     from . import bench
     from .bench.probes import BUDGET, PROBES
 
-    start = time.monotonic()
     adapters: dict[str, ErasureAdapter | None] = dict(_named_adapter(text) for text in adapter or ())
     if len(adapters) < len(adapter or ()):
         raise EraseError("two adapters have one name: give names of your own, --adapter NAME=PATH")
