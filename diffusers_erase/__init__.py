@@ -12,14 +12,10 @@ mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of pi
 from . import world
 from .adapter import ErasureAdapter, compose
 from .attach import (
-    ErasureStatus,
     delete_erasures,
     disable_erasure,
     enable_erasure,
-    erasure_status,
     fuse_erasure,
-    get_active_erasures,
-    get_list_erasures,
     load_erasure,
     save_erasure,
     set_erasures,
@@ -31,6 +27,8 @@ from .errors import ConflictError, EraseError, MismatchError
 from .factors import Factors
 from .importing import import_erasure
 from .mixin import ErasureLoaderMixin, disable, enable
+from .serving import ErasurePolicy, enforce_policy, erasing, release_policy
+from .status import ErasureStatus, Receipt, erasure_status, get_active_erasures, get_list_erasures
 from .task import METHODS, method
 from .text import PackRecipe
 from .version import __version__
@@ -41,10 +39,12 @@ __all__ = [
     "EraseError",
     "ErasureAdapter",
     "ErasureLoaderMixin",
+    "ErasurePolicy",
     "ErasureStatus",
     "Factors",
     "MismatchError",
     "PackRecipe",
+    "Receipt",
     "__version__",
     "compose",
     "delete_erasures",
@@ -52,7 +52,9 @@ __all__ = [
     "disable_erasure",
     "enable",
     "enable_erasure",
+    "enforce_policy",
     "erase",
+    "erasing",
     "erasure_status",
     "fuse_erasure",
     "get_active_erasures",
@@ -60,6 +62,7 @@ __all__ = [
     "import_erasure",
     "load_erasure",
     "method",
+    "release_policy",
     "save_erasure",
     "set_erasures",
     "unfuse_erasure",

@@ -245,7 +245,7 @@ class ErasureAdapter:
             )
         rank = max(int(edit.moving.sum()) for edit in self.edits.values())
         return {
-            path: _pair(linear.weight, edit, rank)
+            path: lora_pair(linear.weight, edit, rank)
             for space, edit in self.edits.items()
             for path, linear in sites(reader, space).items()
             if not path.endswith("to_kv")
@@ -386,7 +386,7 @@ def _padded(changes: Factors, reader: Any) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _pair(weight: Tensor, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
+def lora_pair(weight: Tensor, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
     """(A, W Dᵀ) for one layer; zero where the layer reads more than the states, and in rows beyond the edit's own."""
     moving = edit.moving
     W = weight.detach().cpu().double()

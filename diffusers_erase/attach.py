@@ -1,177 +1,35 @@
-"""Erasures in force on a pipeline: the registry, the hook, fused weights, and the way back. Only this file changes a pipeline.
+"""Attaching: what puts erasures in force on a pipeline, changes them and takes them off. Only this file changes a pipeline.
 
-The default form is a top-level forward pre-hook on every component that reads text. It maps the embeddings, so nothing that
-is done to the model inside (LoRA, IP-Adapter, fused projections, quantisation, compilation) can switch it off. Fused form
-writes plain weights and keeps the original bits; it restores from what was kept, never by subtraction.
-
-State lives on the modules, not on the pipeline: pipelines that share a UNet share its erasures, and mapping happens once.
-Every change is computed whole before anything is touched.
+Three forms: the *map* on text states (the default), which nothing that is done to the model inside (LoRA, IP-Adapter, fused
+projections, quantisation, compilation) can switch off; *fused*, plain weights whose original bits are kept; and *LoRA*, beside
+the user's own. Every change is computed whole before anything is touched.
 """
 
 import functools
-import hashlib
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import edits
+from . import edits, fusing, loras
 from .adapter import ErasureAdapter, compose
-from .edits import Edit, Gate
+from .edits import Edit
 from .errors import EraseError, MismatchError
-from .sites import (
-    ATTRIBUTE,
-    TEXT,
-    check_fusable,
-    family_of,
-    feeds_controlnet,
-    fused_pairs,
-    reads_images,
-    sites,
-    text_readers,
-    unwrapped,
-    widths,
-    with_text,
-)
-from .solve import edited_weight
-from .text import Encoder
+from .fusing import Change, Kept
+from .hook import OPENED, Attachment, Entry, PerCall, Registry, Rules, check_text_side, check_twins, follows
+from .mapping import EmbeddingMap, effect
+from .sites import ATTRIBUTE, text_readers, unwrapped, widths
+from .status import registry_of
+from .text import Encoder, TextSide
 
 EFFECT_TOLERANCE = 0.15
 """How far the effect measured at load may lie from the one recorded when the concept was erased."""
-
-ROW_SIZES = (8, 32, 128, 512)
-"""Maps are padded to these numbers of rows, so that changing a set rarely changes a shape."""
-
-
-class EmbeddingMap:
-    """e ↦ e + φ(e Aᵀ) D in float32, cast back once. φ is the identity, or each row's gate. Pure: no counters, no memo.
-
-    Beyond half the width in rows the product AᵀD is one dense matrix, unless a gate needs the detectors apart.
-    """
-
-    def __init__(self, edit: Edit):
-        moving = edit.moving
-        A, D = edit.detectors()[moving], edit.offsets.double()[moving]
-        gates = [label.gate for label in edit.labels if label.targets is not None]
-        self.gates: Tensor | None = None
-        if any(gates):
-            # A row without a gate has a threshold so low that its sigmoid is 1 in float32.
-            self.gates = _padded(torch.tensor([gate or Gate(-100.0, 1.0) for gate in gates])).float()
-            self.gates[len(gates) :, 1] = 1.0
-        dense = self.gates is None and len(A) > edit.width // 2
-        self.left = (A.mT @ D if dense else _padded(A).mT).float().contiguous()
-        self.right = None if dense else _padded(D).float()
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """Mapped states, same shape and dtype as `states [..., d]`."""
-        e = states.float()
-        x = e @ self.left.to(e.device)
-        if self.gates is not None:
-            threshold, width = self.gates.to(e.device).unbind(-1)
-            x = x * torch.sigmoid((x.abs() - threshold) / width)
-        moved = x if self.right is None else x @ self.right.to(e.device)
-        return (e + moved).to(states.dtype)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One loaded adapter."""
-
-    adapter: ErasureAdapter
-    strength: float = 1.0
-    active: bool = True
-    verified: bool = True
-    """False where it was loaded with `strict=False` and its checks did not pass or did not run."""
-
-
-class Rules(NamedTuple):
-    """What loading was allowed to do (see `compose`); changing what is active later is held to the same."""
-
-    chains: str = "error"
-    residual_max: float | None = 0.2
-
-    def loosened(self, other: "Rules") -> "Rules":
-        """Whatever one of the two allows."""
-        limits = [rules.residual_max for rules in (self, other) if rules.residual_max is not None]
-        follow = "follow" in (self.chains, other.chains)
-        return Rules("follow" if follow else "error", max(limits) if len(limits) == 2 else None)
-
-
-@dataclass(eq=False)
-class Registry:
-    """What is loaded on a set of modules and in which form. One registry is shared by all text readers of a pipeline."""
-
-    entries: dict[str, Entry] = field(default_factory=dict)
-    enabled: bool = True
-    fused: bool = False
-    rules: Rules = Rules()
-    edits: dict[str, Edit] = field(default_factory=dict)
-    """What acts now, by space of text states; empty where nothing does."""
-    maps: dict[str, EmbeddingMap] = field(default_factory=dict)
-    """Its map form, empty while fused."""
-    modules: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
-    """Every module it is attached to, through whichever pipeline: all of them follow each change."""
-    names: set[str] = field(default_factory=set)
-    """As what they are attached. Plain strings, which a compiled hook may read."""
-
-    @property
-    def in_force(self) -> tuple[str, ...]:
-        """Names of the adapters that act now."""
-        return tuple(n for n, e in self.entries.items() if e.active and e.strength > 0) if self.enabled else ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy acts the same but is attached to nothing yet: its own attachments join it (see `Attachment`)."""
-        return {**vars(self), "entries": dict(self.entries), "modules": None, "names": set()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, modules=weakref.WeakSet())
-
-
-@dataclass
-class Kept:
-    """The original bits of a fused weight, and the digest of what was written instead."""
-
-    base: Tensor
-    written: str
-
-
-class Attachment:
-    """The pre-hook on one module. An object rather than a closure, so that a deep copy of the module carries its own."""
-
-    def __init__(self, registry: Registry, module: nn.Module, name: str):
-        self.module = module
-        self.name = name
-        self.spaces = family_of(module).spaces
-        self.kept: dict[nn.Linear, Kept] = {}
-        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
-        self.join(registry)
-
-    def join(self, registry: Registry) -> None:
-        """Follow `registry` from now on."""
-        self.registry = registry
-        registry.modules.add(self.module)
-        registry.names.add(self.name)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.join(self.registry)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        registry = self.registry
-        if not registry.edits:
-            return None
-        if feeds_controlnet(kwargs) and not any(name.startswith("controlnet") for name in registry.names):
-            raise EraseError(
-                "a ControlNet feeds this UNet and reads the prompt without the erasure: call enable_erasure on the pipeline "
-                "that has the ControlNet, so that it is attached there too"
-            )
-        return with_text(self.spaces, args, kwargs, registry.maps) if registry.maps else None
 
 
 class SaveGuard:
@@ -183,47 +41,13 @@ class SaveGuard:
         functools.update_wrapper(self, type(module).save_pretrained)  # a pipeline asks which arguments it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.attachment.registry.maps:
+        registry = self.attachment.registry
+        if registry.maps or (registry.edits and registry.mode == "lora"):
             raise EraseError(
                 "save_pretrained would write the model without its erasure: call fuse_erasure() first to save an erased model, "
                 "save_erasure(folder) to save the adapter, or unload_erasure() to save the plain model"
             )
         return type(self.module).save_pretrained(self.module, *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class ErasureStatus:
-    """What was requested of a pipeline, and what is in force."""
-
-    requested: dict[str, dict[str, Any]]
-    """By adapter name: concepts, digest, origin (a repository with its commit), strength, active, verified."""
-    in_force: tuple[str, ...]
-    mode: str
-    """`map`, `fused`, or `none` where nothing is in force."""
-    components: tuple[str, ...]
-    """The components of this pipeline that carry the erasure."""
-    residuals: dict[str, float]
-    """Of each concept in force, the share that is left in this set."""
-    overruled: tuple[str, ...]
-    """Names that one adapter preserves and another erases: they are erased."""
-    notes: tuple[str, ...]
-    """What a text-side erasure cannot see here, and what was waived."""
-
-    def __str__(self) -> str:
-        if not self.requested:
-            return "no erasures loaded"
-        lines = [
-            f"erasures in force ({self.mode}) on {', '.join(self.components)}: {', '.join(self.in_force) or 'none'}"
-        ]
-        for name, entry in self.requested.items():
-            left = ", ".join(
-                f"{c} (left {self.residuals[c]:.3f})" if c in self.residuals else c for c in entry["concepts"]
-            )
-            state = "in force" if name in self.in_force else "off"
-            origin = f" from {entry['origin']}" if entry["origin"] else ""
-            lines.append(f"  {name}: {left}; strength {entry['strength']:g}; {state}; {entry['digest'][:12]}{origin}")
-        lines += [f"  preserved by one, erased by another (erased): {name}" for name in self.overruled]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 def load_erasure(
@@ -233,7 +57,9 @@ def load_erasure(
     *,
     strength: float = 1.0,
     mode: str = "auto",
+    branch: str | None = None,
     strict: bool = True,
+    allow_text_changes: bool = False,
     chains: str = "error",
     residual_max: float | None = 0.2,
     revision: str | None = None,
@@ -249,8 +75,13 @@ def load_erasure(
             of them.
         adapter_name: name, or one for each source; by default made from the concepts.
         strength: 1 is the adapter's own residual r; w gives the residual 1 − w(1 − r).
-        mode: `"map"`, `"fused"`, or `"auto"` (fused if the pipe's erasures are fused already, else map).
+        mode: form of all erasures on the pipe. `"map"`; `"fused"` into plain floating weights; `"lora"`, beside the user's LoRAs
+            (one that a LoRA call switches off makes the next picture raise); `"auto"`: the form that is there already, else map.
+        branch: `"both"` halves of a guided batch, so that a negative prompt loses the concept too; or `"cond"`, the conditional
+            half alone, as a map on this pipeline only. None: as what is loaded already, else both.
         strict: False loads an adapter whose text encoder or effect does not match; the status says so for as long as it is there.
+        allow_text_changes: accept that the text side changes later (a text-encoder LoRA, textual inversion, another encoder),
+            which otherwise makes the next picture raise.
         chains, residual_max: see `compose`.
         revision, token, subfolder, cache_dir, local_files_only: for every source, see `ErasureAdapter.from_pretrained`.
 
@@ -261,13 +92,16 @@ def load_erasure(
         >>> load_erasure(pipe, "erase-van-gogh")
         >>> image = pipe("a painting by Van Gogh").images[0]
     """
-    if chains not in ("error", "follow"):
-        raise EraseError(f"chains is 'error' or 'follow': got {chains!r}")
-    if mode not in ("auto", "map", "fused"):
-        raise EraseError(f"mode is 'auto', 'map' or 'fused': got {mode!r}; for a stock LoRA use adapter.to_lora(pipe)")
+    for name, given, known in (
+        ("chains", chains, ("error", "follow")),
+        ("mode", mode, ("auto", "map", "fused", "lora")),
+        ("branch", branch, (None, "both", "cond")),
+    ):
+        if given not in known:
+            raise EraseError(f"{name} is one of {', '.join(map(repr, known))}: got {given!r}")
     _check_strengths([strength])
     readers = text_readers(pipe)
-    registry = _registry(readers) or Registry()
+    registry = registry_of(readers) or Registry()
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     where = {"revision": revision, "token": token, "subfolder": subfolder, "cache_dir": cache_dir}
     where["local_files_only"] = local_files_only
@@ -283,35 +117,41 @@ def load_erasure(
     names = _names(adapters, adapter_name, registry.entries)
     for adapter in adapters:
         _check_width(adapter, readers)
-    entries = {n: Entry(a, strength, True, _verify(pipe, a, strict)) for n, a in zip(names, adapters, strict=True)}
-    fused = registry.fused if mode == "auto" else mode == "fused"
-    rules = registry.rules.loosened(Rules(chains, residual_max))
-    _check_set(registry.entries | entries, rules)
-    _commit(readers, registry, registry.entries | entries, registry.enabled, fused)
-    registry.rules = rules
+    passed, side = _verify(pipe, adapters, strict)
+    entries = {n: Entry(a, strength, True, ok) for n, a, ok in zip(names, adapters, passed, strict=True)}
+    if registry.entries and branch not in (None, registry.branch):
+        raise EraseError(
+            f"the erasures on this pipeline act on branch={registry.branch!r}, which is one for all: unload_erasure() first"
+        )
+    _commit(
+        pipe, registry, registry.entries | entries, checked=True,
+        mode=registry.mode if mode == "auto" else mode,
+        branch=branch or registry.branch,
+        rules=registry.rules.loosened(Rules(chains, residual_max, allow_text_changes)),
+        side=side,
+    )  # fmt: skip
+    registry.home = weakref.ref(pipe)
 
 
 def unload_erasure(pipe: Any) -> None:
     """Detach every erasure: weights, hooks and outputs are bit for bit what they were. Does nothing where there is none."""
-    readers = text_readers(pipe)
-    if registry := _registry(readers):
-        _commit(readers, registry, {}, True, False)
+    if registry := registry_of(text_readers(pipe)):
+        _commit(pipe, registry, {})
 
 
 def delete_erasures(pipe: Any, adapter_names: str | Iterable[str]) -> None:
     """Detach some erasures; the others are solved again without their rows."""
-    readers, registry = _loaded(pipe)
-    gone = _known(registry, adapter_names)
-    left = {name: entry for name, entry in registry.entries.items() if name not in gone}
-    _commit(readers, registry, left, registry.enabled or not left, registry.fused and bool(left))
+    registry = loaded(pipe)
+    gone = known(registry, adapter_names)
+    _commit(pipe, registry, {name: entry for name, entry in registry.entries.items() if name not in gone})
 
 
 def set_erasures(
     pipe: Any, adapter_names: str | Iterable[str], strengths: float | Sequence[float] | None = None
 ) -> None:
     """Make exactly these erasures active, each with its strength (None: as it was loaded)."""
-    readers, registry = _loaded(pipe)
-    names = _known(registry, adapter_names)
+    registry = loaded(pipe)
+    names = known(registry, adapter_names)
     given = [strengths] * len(names) if strengths is None or isinstance(strengths, (int, float)) else list(strengths)
     if len(given) != len(names):
         raise EraseError(f"{len(names)} erasures but {len(given)} strengths: give one strength, or one for each name")
@@ -321,14 +161,18 @@ def set_erasures(
         name: replace(entry, active=name in chosen, strength=chosen.get(name, entry.strength))
         for name, entry in registry.entries.items()
     }
-    _check_set(entries, registry.rules)
-    _commit(readers, registry, entries, registry.enabled, registry.fused)
+    _commit(pipe, registry, entries, checked=True)
 
 
-def enable_erasure(pipe: Any) -> None:
-    """Put the active erasures in force again, on every component of this pipeline that reads text."""
-    readers, registry = _loaded(pipe)
-    _commit(readers, registry, registry.entries, True, registry.fused)
+def enable_erasure(pipe: Any, *, allow_text_changes: bool = False) -> None:
+    """Put the active erasures in force again, on every component of this pipeline that reads text.
+
+    Args:
+        allow_text_changes: accept the text side of the pipeline as it is now and will be (see `load_erasure`).
+    """
+    registry = loaded(pipe)
+    rules = registry.rules.loosened(Rules(text_changes=True)) if allow_text_changes else registry.rules
+    _commit(pipe, registry, registry.entries, enabled=True, rules=rules)
 
 
 def disable_erasure(pipe: Any) -> AbstractContextManager[None]:
@@ -338,77 +182,32 @@ def disable_erasure(pipe: Any) -> AbstractContextManager[None]:
         >>> with disable_erasure(pipe):
         ...     before = pipe("a painting by Van Gogh").images[0]
     """
-    readers, registry = _loaded(pipe)
+    registry = loaded(pipe)
     was = registry.enabled
-    _commit(readers, registry, registry.entries, False, registry.fused)
+    _commit(pipe, registry, registry.entries, enabled=False)
     return _Restored(pipe, was)
 
 
 def fuse_erasure(pipe: Any) -> None:
     """Write the erasures in force into the weights; later changes of the set are written as well, each from the original bits."""
-    readers, registry = _loaded(pipe)
-    _commit(readers, registry, registry.entries, registry.enabled, True)
+    registry = loaded(pipe)
+    _commit(pipe, registry, registry.entries, mode="fused")
 
 
 def unfuse_erasure(pipe: Any) -> None:
     """Give back the original bits of every weight; the erasures stay in force as a map."""
-    readers, registry = _loaded(pipe)
-    _commit(readers, registry, registry.entries, registry.enabled, False)
-
-
-def get_active_erasures(pipe: Any) -> list[str]:
-    """Names of the erasures in force."""
-    registry = _registry(text_readers(pipe))
-    return list(registry.in_force) if registry else []
-
-
-def edits_in_force(pipe: Any) -> dict[str, Edit]:
-    """The rows that act now, all adapters composed, by space of text states; empty where none do."""
-    registry = _registry(text_readers(pipe))
-    return dict(registry.edits) if registry else {}
-
-
-def get_list_erasures(pipe: Any) -> dict[str, list[str]]:
-    """Names of the loaded erasures, by component."""
-    found = {name: _attachment(reader) for name, reader in text_readers(pipe).items()}
-    return {name: list(a.registry.entries) for name, a in found.items() if a and a.registry.entries}
+    registry = loaded(pipe)
+    _commit(pipe, registry, registry.entries, mode="map")
 
 
 def save_erasure(pipe: Any, directory: str | Path, adapter_name: str | None = None) -> Path:
     """Save a loaded erasure, or without a name the composition of all that are in force, at the strength they were made with."""
-    _, registry = _loaded(pipe)
-    names = registry.in_force if adapter_name is None else _known(registry, adapter_name)
+    registry = loaded(pipe)
+    names = registry.in_force if adapter_name is None else known(registry, adapter_name)
     if not names:
         raise EraseError("no erasure is in force: name the one to save, or enable_erasure() first")
     adapters = (registry.entries[n].adapter for n in names)
     return compose(*adapters, chains=registry.rules.chains, residual_max=None).save_pretrained(directory)
-
-
-def erasure_status(pipe: Any) -> ErasureStatus:
-    """What was requested of `pipe` and what is in force, without changing anything."""
-    readers = text_readers(pipe)
-    registry = _registry(readers) or Registry()
-    active = [edit for n in registry.in_force for edit in registry.entries[n].adapter.edits.values()]
-    attached = tuple(n for n, r in readers.items() if _attachment(r) is not None)
-    return ErasureStatus(
-        requested={
-            name: {
-                "concepts": entry.adapter.concepts,
-                "digest": entry.adapter.digest,
-                "origin": str(entry.adapter.origin or ""),
-                "strength": entry.strength,
-                "active": entry.active,
-                "verified": entry.verified,
-            }
-            for name, entry in registry.entries.items()
-        },
-        in_force=registry.in_force,
-        mode="none" if not registry.edits else "fused" if registry.fused else "map",
-        components=attached,
-        residuals=_residuals(registry.edits),
-        overruled=edits.overruled(active),
-        notes=tuple(_notes(readers, registry, set(readers) - set(attached))) if registry.entries else (),
-    )
 
 
 class _Restored:
@@ -421,153 +220,182 @@ class _Restored:
         return None
 
     def __exit__(self, *error: object) -> None:
-        if self.enabled and get_list_erasures(self.pipe):
+        registry = registry_of(text_readers(self.pipe))
+        if self.enabled and registry and registry.entries:
             enable_erasure(self.pipe)
 
 
-def effect(encoder: Encoder, edits: Mapping[str, Edit], concept: str) -> float:
-    """Share of the way to its target that the bare name of `concept` goes under its own rows alone, averaged over token
-    roles; of several spaces the smallest share."""
-    return min(_effect(encoder, edit.only(concept), concept) for edit in edits.values())
-
-
-def _effect(encoder: Encoder, edit: Edit, concept: str) -> float:
-    mapping = EmbeddingMap(edit)
-    rows = [i for i, label in enumerate(edit.labels) if label.name == concept]
-    states = encoder.rows(concept, tuple(edit.labels[i].role for i in rows), ("{}",))
-    shares = []
-    for i in rows:
-        e, D = states[edit.labels[i].role].float(), edit.offsets[i].float()
-        shares.append(float((mapping(e) - e) @ D / (D @ D)))
-    return sum(shares) / len(shares)
-
-
 def _commit(
-    readers: dict[str, nn.Module],
+    pipe: Any,
     registry: Registry,
     entries: dict[str, Entry],
-    enabled: bool,
-    fused: bool,
+    *,
+    checked: bool = False,
+    enabled: bool | None = None,
+    mode: str | None = None,
+    branch: str | None = None,
+    rules: Rules | None = None,
+    side: TextSide | None = None,
 ) -> None:
-    """Make this the state of all readers. Computes and checks first; from the first write on nothing can fail."""
-    acting = _edits(entries, enabled)
-    maps = {} if fused else {space: EmbeddingMap(edit) for space, edit in acting.items()}
-    modules = {unwrapped(reader): name for name, reader in readers.items()}
-    modules |= {m: _attachment(m).name for m in registry.modules if m not in modules}  # type: ignore[union-attr]
-    plans = {m: _weight_plan(m, _attachment(m), acting if fused else {}) for m in modules}
-    for module, plan in plans.items():
-        attachment = _attachment(module) or _attach(registry, module, modules[module])
-        attachment.join(registry)
-        attachment.kept = _write(plan, keep=fused and bool(acting))
-    registry.entries, registry.enabled, registry.fused = dict(entries), enabled, fused
-    registry.edits, registry.maps, registry.names = acting, maps, set(modules.values())
+    """Make this the state of all readers of `pipe`, and of all modules that follow `registry`; None leaves a part as it is.
+
+    Computes and checks first; from the first write on nothing can fail.
+
+    Args:
+        checked: whether the active entries must go together. Only loading and activating can bring in a chain, crowd a set, or
+            join two encoders, so only they ask.
+        side: the text side of `pipe`, where it was verified just now.
+    """
+    fresh = Registry()  # without erasures nothing is remembered
+    enabled = fresh.enabled if not entries else registry.enabled if enabled is None else enabled
+    mode = fresh.mode if not entries else mode or registry.mode
+    branch = fresh.branch if not entries else branch or registry.branch
+    rules = fresh.rules if not entries else rules or registry.rules
+    _check_free(registry, entries, enabled)
+    if branch == "cond" and mode != "map":
+        raise EraseError(
+            f"branch='cond' exists only as a map: {mode} weights act on both halves; use mode='map' or branch='both'"
+        )
+    acting = _acting(entries, rules, enabled, checked)
+    readers = {unwrapped(reader): name for name, reader in text_readers(pipe).items()}
+    modules = readers | {m: m.__dict__[ATTRIBUTE].name for m in registry.modules if m not in readers}
+    if entries and side is None and registry.home() is not pipe and not rules.text_changes:
+        check_text_side(registry.side, pipe)
+    maps = _maps([acting], {space: edit.width for space, edit in acting.items()}, modules) if mode == "map" else {}
+    changes = {m: _changes(m, acting if mode == "fused" else {}) for m in modules}
+    twins = {m: _twin(m, changes[m], acting) for m in modules} if mode == "lora" and acting else {}
+    for module, name in modules.items():
+        found = module.__dict__.get(ATTRIBUTE) or _attach(registry, module, name)
+        found.join(registry)
+        if registry.mode == "lora":
+            loras.take(module)
+        found.kept = _write(changes[module], keep=mode == "fused" and bool(acting))
+        if module in twins:
+            loras.put(module, twins[module])
+    registry.entries, registry.enabled, registry.mode, registry.branch = dict(entries), enabled, mode, branch
+    registry.rules, registry.edits, registry.maps = rules, acting, maps
+    registry.side, registry.home = side or registry.side, weakref.ref(registry.home() or pipe)
     if not entries:
         for module in modules:
             _detach(module)
 
 
-def _edits(entries: dict[str, Entry], enabled: bool) -> dict[str, Edit]:
-    """The composed edits of the active entries, by space; empty where nothing acts."""
-    acting = [e for e in entries.values() if e.active and e.strength > 0] if enabled else []
-    soft = [{s: edit.softened(e.strength) for s, edit in e.adapter.edits.items()} for e in acting]
-    return edits.compose_spaces(soft, chains="follow", residual_max=None)
+@contextmanager
+def sets_in_force(pipe: Any, sets: Sequence[Sequence[str]], which: tuple[int, ...] | None) -> Iterator[None]:
+    """Inside, these sets of loaded erasures are in force instead of the active ones; other threads wait for the end.
 
-
-def _residuals(acting: Mapping[str, Edit]) -> dict[str, float]:
-    """Of each concept the share that is left, of several spaces the largest."""
-    found: dict[str, float] = {}
-    for edit in acting.values():
-        found |= {concept: max(left, found.get(concept, 0.0)) for concept, left in edit.residuals().items()}
-    return found
-
-
-def _check_set(entries: dict[str, Entry], rules: Rules) -> None:
-    """Raise unless the active entries go together, whether or not erasures are enabled now.
-
-    Only loading and activating can bring in a chain, crowd a set, or join two encoders, so only they ask.
+    Args:
+        which: for each row of a batch the number of its set; None where there is one set for all.
     """
-    if acting := [e.adapter for e in entries.values() if e.active and e.strength > 0]:
-        compose(*acting, chains=rules.chains, residual_max=rules.residual_max)
+    registry = loaded(pipe)
+    with registry.lock:
+        _check_free(registry, registry.entries, registry.enabled)
+        if registry.mode != "map":
+            raise EraseError(
+                f"the erasures of this pipeline are in {registry.mode} form, which is one for all calls: unfuse_erasure() first"
+            )
+        readers = text_readers(pipe)
+        if bare := [name for name, reader in readers.items() if not follows(reader, registry)]:
+            raise EraseError(f"{', '.join(bare)} of this pipeline is not attached: call enable_erasure() first")
+        chosen = [{n: replace(registry.entries[n], active=True) for n in known(registry, names)} for names in sets]
+        acting = [_acting(entries, registry.rules, True, checked=True) for entries in chosen]
+        spaces = {space: edit.width for e in registry.entries.values() for space, edit in e.adapter.edits.items()}
+        maps, token = _maps(acting, spaces, map(unwrapped, readers.values())), object()
+        was, opened = registry.maps, OPENED.set(token)
+        registry.maps, registry.call = maps, PerCall(which, token)
+        try:
+            yield
+        finally:
+            registry.maps, registry.call = was, None
+            OPENED.reset(opened)
 
 
-def _weight_plan(
-    module: nn.Module, attachment: Attachment | None, acting: Mapping[str, Edit]
-) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
-    """(original, new) bits of every weight to write; without edits it restores. Empty where no weight is or becomes fused."""
-    kept = attachment.kept if attachment else {}
-    if not acting and not kept:
-        return {}
-    was = attachment.registry.edits if attachment else {}
-    spaces = dict.fromkeys(kept, TEXT)  # a copy that the host no longer reads is not a site now
-    spaces |= {linear: space for space in {**was, **acting} for linear in sites(module, space).values()}
-    base = {linear: _original(linear.weight, record, was.get(spaces[linear])) for linear, record in kept.items()}
-    check_fusable(module, acting)
-    for pair, key, value in fused_pairs(module):
-        if pair not in base and key in base:  # the host copied our fused weights: the copy's original is theirs
-            base[pair] = torch.cat([base[key], base[value]])
-    base |= {
-        linear: linear.weight.detach().clone()
-        for linear, space in spaces.items()
-        if space in acting and linear not in base
-    }
-    return {linear: (bits, _edited(bits, acting.get(spaces[linear]))) for linear, bits in base.items()}
+def hold(pipe: Any, mandatory: dict[str, float] | None, optional: frozenset[str]) -> None:
+    """Keep these erasures in force with at least these strengths, whatever verb is called; None lets all go."""
+    registry = loaded(pipe)
+    _check_free(replace(registry, mandatory=mandatory), registry.entries, registry.enabled)
+    registry.mandatory, registry.optional = mandatory, optional
 
 
-def _original(weight: Tensor, record: Kept, edit: Edit | None) -> Tensor:
-    """The original bits of a fused `weight`, in the dtype that it has now.
+def loaded(pipe: Any) -> Registry:
+    """The registry of a pipeline that has erasures."""
+    registry = registry_of(text_readers(pipe))
+    if registry is None:
+        raise EraseError("no erasures are loaded on this pipeline: load_erasure first")
+    return registry
 
-    Raises:
-        EraseError: it no longer holds what was written: neither that in another dtype, nor that with a LoRA merged and subtracted again.
-    """
-    base = record.base.to(weight.dtype)
-    if weight.is_meta:
+
+def known(registry: Registry, names: str | Iterable[str]) -> tuple[str, ...]:
+    """`names` as a tuple, all of them loaded."""
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    if missing := [n for n in wanted if n not in registry.entries]:
         raise EraseError(
-            "a fused weight is offloaded to the meta device, where it cannot be given back: remove the offloading hooks first"
+            f"no erasure named {missing[0]!r} is loaded: expected one of {', '.join(registry.entries) or 'none'}"
         )
-    if _fingerprint(weight) == record.written:
-        return base
-    if weight.shape == base.shape:
-        now, written = weight.detach().cpu(), _edited(record.base, edit).cpu()
-        if torch.equal(now.float(), written.to(now.dtype).float()):
-            return base
-        rounding = 4 * torch.finfo(now.dtype).eps * written.abs().max()
-        if record.base.dtype == now.dtype and bool(((now.double() - written.double()).abs() <= rounding).all()):
-            return base
-    raise EraseError(
-        "a fused weight was changed since fuse_erasure (by fuse_lora, or by hand), so its original bits cannot be given "
-        "back: undo that change first (unfuse_lora), or reload the model"
+    return wanted
+
+
+def _check_free(registry: Registry, entries: Mapping[str, Entry], enabled: bool) -> None:
+    """Raise where a change would touch a call that is being made, or what a policy holds in force."""
+    if registry.call is not None:
+        raise EraseError("a `with erasing(...)` is open on this pipeline: change its erasures before or after it")
+    for name, least in (registry.mandatory or {}).items():
+        entry = entries.get(name)
+        if not enabled or entry is None or not entry.acts or entry.strength < least:
+            raise EraseError(
+                f"a policy keeps {name!r} in force with strength {least:g}: an erasure may be added, none taken away or weakened; "
+                f"the operator lifts it with release_policy(pipe)"
+            )
+
+
+def _acting(entries: Mapping[str, Entry], rules: Rules, enabled: bool, checked: bool) -> dict[str, Edit]:
+    """The composed edits of the active entries, by space; empty where nothing acts."""
+    active = [e for e in entries.values() if e.acts]
+    if checked:
+        for other in active[1:]:
+            active[0].adapter.encoder.check(other.adapter.encoder)
+    if not enabled and not checked:
+        return {}
+    soft = [{space: edit.softened(e.strength) for space, edit in e.adapter.edits.items()} for e in active]
+    how = (
+        {"chains": rules.chains, "residual_max": rules.residual_max}
+        if checked
+        else {"chains": "follow", "residual_max": None}
+    )
+    composed = edits.compose_spaces(soft, **how)
+    return composed if enabled else {}
+
+
+def _maps(
+    sets: Sequence[Mapping[str, Edit]], widths: Mapping[str, int], readers: Iterable[nn.Module]
+) -> dict[str, EmbeddingMap]:
+    """The map of each space, with these sets side by side, placed where `readers` are."""
+    maps = {space: EmbeddingMap([edits.get(space) for edits in sets], width) for space, width in widths.items()}
+    for device in {parameter.device for reader in readers for parameter in reader.parameters()}:
+        for mapping in maps.values():
+            mapping.place(device)
+    return maps
+
+
+def _changes(module: nn.Module, acting: Mapping[str, Edit]) -> dict[nn.Linear, Change]:
+    """What to write so that `acting` is fused into `module`."""
+    found = module.__dict__.get(ATTRIBUTE)
+    return (
+        fusing.plan(module, found.kept, found.registry.edits, acting) if found else fusing.plan(module, {}, {}, acting)
     )
 
 
-def _edited(bits: Tensor, edit: Edit | None) -> Tensor:
-    """The weight `bits` with its columns for text states edited; those are the first ones, and mostly all."""
-    if edit is None:
-        return bits
-    moving, d = edit.moving, edit.width
-    A, D = edit.detectors()[moving].to(bits.device), edit.offsets.double()[moving].to(bits.device)
-    new = bits.clone()
-    new[:, :d] = edited_weight(bits[:, :d], D, A).to(bits.dtype)
-    if not bool(new.isfinite().all()):
-        raise EraseError(
-            f"the edited weights overflow {bits.dtype}: keep the erasure as a map, or fuse in a wider dtype"
-        )
-    return new
+def _twin(module: nn.Module, changes: Mapping[nn.Linear, Change], acting: Mapping[str, Edit]) -> dict[str, Tensor]:
+    """The LoRA form of `acting` for `module`."""
+    loras.check(module)
+    return fusing.lora(module, changes, acting)
 
 
 @torch.no_grad()
-def _write(plan: dict[nn.Linear, tuple[Tensor, Tensor]], keep: bool) -> dict[nn.Linear, Kept]:
-    for linear, (_, new) in plan.items():
+def _write(changes: Mapping[nn.Linear, Change], keep: bool) -> dict[nn.Linear, Kept]:
+    for linear, (_, new) in changes.items():
         linear.weight.copy_(new)
-    return {linear: Kept(base, _fingerprint(new)) for linear, (base, new) in plan.items()} if keep else {}
-
-
-def _fingerprint(weight: Tensor) -> str:
-    bits = weight.detach().cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(bits.numpy().tobytes()).hexdigest()
-
-
-def _attachment(reader: nn.Module) -> Attachment | None:
-    return unwrapped(reader).__dict__.get(ATTRIBUTE)
+    return {linear: Kept(base, fusing.fingerprint(new)) for linear, (base, new) in changes.items()} if keep else {}
 
 
 def _attach(registry: Registry, module: nn.Module, name: str) -> Attachment:
@@ -582,34 +410,6 @@ def _detach(module: nn.Module) -> None:
     attachment.handle.remove()
     attachment.registry.modules.discard(module)
     module.__dict__.pop("save_pretrained")
-
-
-def _registry(readers: dict[str, nn.Module]) -> Registry | None:
-    """The registry that these modules share, found on any of them."""
-    found = [a.registry for a in map(_attachment, readers.values()) if a is not None]
-    if any(registry is not found[0] and registry.entries for registry in found):
-        raise EraseError(
-            f"the components of this pipeline ({', '.join(readers)}) carry erasures that were loaded on different pipelines: "
-            f"unload_erasure on those pipelines first, then load here"
-        )
-    return found[0] if found else None
-
-
-def _loaded(pipe: Any) -> tuple[dict[str, nn.Module], Registry]:
-    readers = text_readers(pipe)
-    registry = _registry(readers)
-    if registry is None:
-        raise EraseError("no erasures are loaded on this pipeline: load_erasure first")
-    return readers, registry
-
-
-def _known(registry: Registry, names: str | Iterable[str]) -> tuple[str, ...]:
-    wanted = (names,) if isinstance(names, str) else tuple(names)
-    if missing := [n for n in wanted if n not in registry.entries]:
-        raise EraseError(
-            f"no erasure named {missing[0]!r} is loaded: expected one of {', '.join(registry.entries) or 'none'}"
-        )
-    return wanted
 
 
 def _check_strengths(strengths: Iterable[float]) -> None:
@@ -647,48 +447,40 @@ def _check_width(adapter: ErasureAdapter, readers: dict[str, nn.Module]) -> None
             )
 
 
-def _verify(pipe: Any, adapter: ErasureAdapter, strict: bool) -> bool:
-    """Whether the pipe's encoder is the adapter's and every concept's name still lands on its target; raises if `strict`."""
+def _verify(pipe: Any, adapters: Sequence[ErasureAdapter], strict: bool) -> tuple[list[bool], TextSide | None]:
+    """Whether the pipe's encoder is each adapter's and its concepts' names still land on their targets, and its text side now.
+
+    Raises:
+        EraseError: one does not, and `strict`.
+    """
+    passed = []
     try:
         encoder = Encoder(pipe)
-        adapter.encoder.check(encoder.fingerprint())
-        for recipe in adapter.recipes:
-            if recipe.effect is None:
-                continue
-            found = effect(encoder, adapter.edits, recipe.concept)
-            if abs(found - recipe.effect) > EFFECT_TOLERANCE:
-                raise MismatchError(
-                    f"under this adapter {recipe.concept!r} goes {found:.2f} of the way to its target here, {recipe.effect:.2f} where it "
-                    f"was made: the text side of this pipeline differs; erase the concept again on it"
-                )
+        side = encoder.side()
     except EraseError:
         if strict:
             raise
-        return False
-    return True
+        return [False] * len(adapters), None
+    for adapter in adapters:
+        try:
+            adapter.encoder.check(side.fingerprint)
+            _check_effects(encoder, adapter)
+        except EraseError:
+            if strict:
+                raise
+            passed.append(False)
+        else:
+            passed.append(True)
+    return passed, side
 
 
-def _notes(readers: dict[str, nn.Module], registry: Registry, bare: set[str]) -> Iterable[str]:
-    denoiser = next(iter(readers.values()))
-    for name, entry in registry.entries.items():
-        if not entry.verified:
-            yield f"{name} was loaded with strict=False and does not match this pipeline's text encoder"
-        if registry.fused and any(label.gate for label in entry.adapter.edit.labels):
-            yield f"{name} has a gate, which exists only as a map: its fused form is the linear part"
-        bare_spaces = (
-            family_of(denoiser).spaces.keys() - entry.adapter.edits.keys() if entry.adapter.kind == "rows" else ()
-        )
-        for space in bare_spaces:
-            yield f"{name} does not act on {space} states, which this model reads too: its concepts come through by them"
-    if bare:
-        yield f"not attached to {', '.join(sorted(bare))}: call enable_erasure() on this pipeline"
-    if (family := family_of(denoiser)).experimental:
-        yield f"{family.name} is experimental: given embeddings are mapped where they enter, nothing was measured on pictures"
-    if reads_images(denoiser):
-        yield "an IP-Adapter is loaded: a concept in an image prompt is not seen by a text-side erasure"
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """`rows` with zero rows added up to the next of a few sizes; a zero row acts on nothing."""
-    size = next((s for s in ROW_SIZES if s >= len(rows)), len(rows))
-    return torch.cat([rows, rows.new_zeros(size - len(rows), rows.shape[1])])
+def _check_effects(encoder: Encoder, adapter: ErasureAdapter) -> None:
+    for recipe in adapter.recipes:
+        if recipe.effect is None:
+            continue
+        found = effect(encoder, adapter.edits, recipe.concept)
+        if abs(found - recipe.effect) > EFFECT_TOLERANCE:
+            raise MismatchError(
+                f"under this adapter {recipe.concept!r} goes {found:.2f} of the way to its target here, {recipe.effect:.2f} where it "
+                f"was made: the text side of this pipeline differs; erase the concept again on it"
+            )

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import attach
+from . import attach, status
 from .adapter import ErasureAdapter
 from .adapter import compose as compose_adapters
 from .edits import too_full
@@ -114,7 +114,7 @@ def generate(
     pipe = _pipeline(model)
     if adapter:
         attach.load_erasure(pipe, list(adapter), strength=strength)
-        out.print(str(attach.erasure_status(pipe)))
+        out.print(str(status.erasure_status(pipe)))
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "num_inference_steps": steps or _default(model, "STEPS", 50),
@@ -154,7 +154,7 @@ def load_check(
     """Attach ADAPTER to MODEL, all checks on, and say what is in force. Exit code 2 where it does not fit."""
     pipe = _pipeline(model)
     attach.load_erasure(pipe, list(adapters))
-    out.print(str(attach.erasure_status(pipe)))
+    out.print(str(status.erasure_status(pipe)))
 
 
 @app.command()

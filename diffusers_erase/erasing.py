@@ -11,7 +11,7 @@ import torch
 
 from . import hub, methods  # noqa: F401 - importing the methods registers them
 from .adapter import ErasureAdapter, Recipe, compose
-from .attach import effect
+from .mapping import effect
 from .edits import Gate, Pack, same_name
 from .errors import EraseError
 from .sites import TEXT

@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from . import attach
-from .attach import ErasureStatus
+from . import attach, status
 from .errors import EraseError
+from .status import ErasureStatus
 
 
 class ErasureLoaderMixin:
@@ -37,9 +37,9 @@ class ErasureLoaderMixin:
         """See `diffusers_erase.set_erasures`."""
         attach.set_erasures(self, adapter_names, strengths)
 
-    def enable_erasure(self) -> None:
+    def enable_erasure(self, **options: Any) -> None:
         """See `diffusers_erase.enable_erasure`."""
-        attach.enable_erasure(self)
+        attach.enable_erasure(self, **options)
 
     def disable_erasure(self) -> AbstractContextManager[None]:
         """See `diffusers_erase.disable_erasure`."""
@@ -47,11 +47,11 @@ class ErasureLoaderMixin:
 
     def get_active_erasures(self) -> list[str]:
         """See `diffusers_erase.get_active_erasures`."""
-        return attach.get_active_erasures(self)
+        return status.get_active_erasures(self)
 
     def get_list_erasures(self) -> dict[str, list[str]]:
         """See `diffusers_erase.get_list_erasures`."""
-        return attach.get_list_erasures(self)
+        return status.get_list_erasures(self)
 
     def fuse_erasure(self) -> None:
         """See `diffusers_erase.fuse_erasure`."""
@@ -67,7 +67,7 @@ class ErasureLoaderMixin:
 
     def erasure_status(self) -> ErasureStatus:
         """See `diffusers_erase.erasure_status`."""
-        return attach.erasure_status(self)
+        return status.erasure_status(self)
 
 
 VERBS = {name: verb for name, verb in vars(ErasureLoaderMixin).items() if not name.startswith("_")}

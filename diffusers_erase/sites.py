@@ -101,6 +101,12 @@ def family_of(reader: nn.Module, name: str = "the denoiser") -> Family:
     )
 
 
+def holds(pipe: Any, module: nn.Module) -> bool:
+    """Whether `module` is a component of `pipe`, or one of its several ControlNets."""
+    parts = [unwrapped(part) for part in vars(pipe).values()]
+    return any(part is module or any(net is module for net in getattr(part, "nets", ())) for part in parts)
+
+
 def unwrapped(module: Any) -> Any:
     """The module behind `torch.compile`'s wrapper; the module itself where there is none."""
     return getattr(module, "_orig_mod", module)
@@ -175,9 +181,45 @@ def feeds_controlnet(kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in CONTROL_ARGUMENTS)
 
 
+def states_of(spaces: Mapping[str, Space], args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The text states of a call, as it is given them.
+
+    Raises:
+        EraseError: see `with_text`.
+    """
+    found = []
+    with_text(spaces, args, kwargs, {TEXT: lambda states: found.append(states) or states})
+    return found[0]
+
+
+def guided_parts(pipe: Any) -> tuple[bool, ...]:
+    """How a pipeline lays out its batch in the call that it is in: for each equal part, whether it is conditional.
+
+    Raises:
+        EraseError: it cannot be told; it is never inferred from the size of a batch.
+    """
+    place = type(pipe).__call__.__module__
+    if (
+        not place.startswith(GUIDED)
+        or "instruct_pix2pix" in place
+        or not hasattr(type(pipe), "do_classifier_free_guidance")
+    ):
+        raise EraseError(
+            f"{type(pipe).__name__} is not known to lay out a guided batch as unconditional, then conditional: rows and halves of "
+            f"its batch cannot be told apart; use one set of erasures with branch='both'"
+        )
+    conditional = (True,) * (2 if getattr(pipe, "do_perturbed_attention_guidance", False) else 1)
+    return (False, *conditional) if pipe.do_classifier_free_guidance else conditional
+
+
 def reads_images(reader: nn.Module) -> bool:
     """Whether an IP-Adapter is loaded, by whose image prompt a concept comes in unseen."""
     return getattr(unwrapped(reader), "encoder_hid_proj", None) is not None
+
+
+def reads_phrases(reader: nn.Module) -> bool:
+    """Whether it has GLIGEN's gated attention, by which a concept that a phrase names comes in unseen."""
+    return str(unwrapped(reader).config.get("attention_type", "default")).startswith("gated")
 
 
 def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,)) -> None:
@@ -224,10 +266,6 @@ def _check_text_paths(name: str, reader: nn.Module) -> None:
         raise EraseError(
             f"{name} also takes class embeddings ({config.class_embed_type}, as unCLIP does), by which a concept would survive: "
             f"not supported yet"
-        )
-    if str(config.get("attention_type", "default")).startswith("gated"):
-        raise EraseError(
-            f"{name} also reads phrases through gated attention (GLIGEN), by which a concept would survive: not supported yet"
         )
     if config.get("encoder_hid_dim_type") not in (None, "ip_image_proj"):
         raise EraseError(f"{name} projects text ({config.encoder_hid_dim_type}) before it reads it: not supported yet")
@@ -302,6 +340,12 @@ def _is_flux(reader: nn.Module) -> bool:
 def _is_sd3(reader: nn.Module) -> bool:
     return type(reader).__name__ in ("SD3Transformer2DModel", "SD3ControlNetModel")
 
+
+GUIDED = tuple(
+    f"diffusers.pipelines.{name}."
+    for name in ("stable_diffusion", "stable_diffusion_xl", "controlnet", "pag", "animatediff")
+)
+"""Pipelines that put the unconditional part of a batch first, then the conditional one, then PAG's perturbed one."""
 
 CONTROL_ARGUMENTS = ("mid_block_additional_residual", "controlnet_block_samples", "block_controlnet_hidden_states")
 """Under these a denoiser receives what a ControlNet made of the prompt."""

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,6 +146,22 @@ class States:
     def end(self, prompt: int) -> int:
         """Index of the first EOT."""
         return len(self.ids[prompt]) + 1
+
+
+class TextSide(NamedTuple):
+    """What a pipeline's tokenizers and text encoders are at one moment: enough to notice that they have changed."""
+
+    fingerprint: Fingerprint
+    vocabularies: tuple[int, ...]
+    """Number of tokens of each tokenizer: textual inversion adds some, which no probe prompt uses."""
+
+    def change(self, now: "TextSide") -> str | None:
+        """What is different `now`, in a few words; None where it is the same within tolerance."""
+        if self.vocabularies != now.vocabularies:
+            return f"its tokenizer has {sum(now.vocabularies)} tokens instead of {sum(self.vocabularies)}, as after textual inversion"
+        if (distance := self.fingerprint.distance(now.fingerprint)) > FINGERPRINT_TOLERANCE:
+            return f"its text encoder answers differently (relative error {distance:.3f}), as with a LoRA on it or another encoder"
+        return None
 
 
 class Encoder:
@@ -297,6 +313,10 @@ class Encoder:
             parts.append(_fingerprint(list(states.pooled), spelt[-1]))
         return _fingerprint(probed, spelt[0], tuple(parts))
 
+    def side(self) -> TextSide:
+        """This text side as it is now."""
+        return TextSide(self.fingerprint(), tuple(len(tokenizer) for tokenizer in self.tokenizers))
+
     def states_digest(self) -> str:
         """Exact digest of this encoder's answers in this dtype on this machine: good as a cache key, not as an identity."""
         states = self.encode(PROBES)
@@ -319,6 +339,13 @@ class Encoder:
                 f"{name!r} merges with the words beside it in the template {template!r}: put spaces around {{}}"
             )
         return len(before)
+
+
+def text_side(pipe: Any) -> TextSide | None:
+    """The text side of `pipe` now; None where it has none (embeddings are given to it) or one that this version does not read."""
+    family = family_of(next(iter(text_readers(pipe).values())))
+    absent = None in (getattr(pipe, name, None) for name in family.encoders[-1])
+    return None if family.experimental or absent else Encoder(pipe).side()
 
 
 def check_templates(templates: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import ErasureAdapter
-from ..attach import erasure_status, load_erasure, unload_erasure
+from ..attach import load_erasure, unload_erasure
+from ..status import erasure_status
 from ..errors import EraseError
 from . import images, parts
 from .beside import Beside, setting_of
