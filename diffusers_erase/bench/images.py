@@ -17,14 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from .. import hub
-from ..attach import erasure_status
 from ..errors import EraseError, MismatchError
-=======
-from ..status import erasure_status
->>>>>>> 2a612c8 (Attaching in parts: map, weights, LoRA layers, hook, status, serving; text changes, twins, halves and per-row sets are noticed)
 from ..sites import unwrapped
+from ..status import erasure_status
 from ..text import Encoder
 from .plan import BATCH, WHOLE, Plan, Shard
 from .suites import Prompt, Settings, Suite
