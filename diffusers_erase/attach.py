@@ -261,6 +261,8 @@ def _commit(
     modules = readers | {m: m.__dict__[ATTRIBUTE].name for m in registry.modules if m not in readers}
     if entries and side is None and registry.home() is not pipe and not rules.text_changes:
         check_text_side(registry.side, pipe)
+    for module in modules:
+        check_twins(module, acting, entries)
     maps = _maps([acting], {space: edit.width for space, edit in acting.items()}, modules) if mode == "map" else {}
     changes = {m: _changes(m, acting if mode == "fused" else {}) for m in modules}
     twins = {m: _twin(m, changes[m], acting) for m in modules} if mode == "lora" and acting else {}
@@ -351,19 +353,19 @@ def _check_free(registry: Registry, entries: Mapping[str, Entry], enabled: bool)
 def _acting(entries: Mapping[str, Entry], rules: Rules, enabled: bool, checked: bool) -> dict[str, Edit]:
     """The composed edits of the active entries, by space; empty where nothing acts."""
     active = [e for e in entries.values() if e.acts]
-    if checked:
+    whole = {}
+    if checked:  # at full strength and also while disabled: whether they go together is not a matter of how much of them acts
         for other in active[1:]:
             active[0].adapter.encoder.check(other.adapter.encoder)
-    if not enabled and not checked:
+        whole = edits.compose_spaces(
+            [e.adapter.edits for e in active], chains=rules.chains, residual_max=rules.residual_max
+        )
+    if not enabled:
         return {}
+    if checked and all(e.strength == 1 for e in active):
+        return whole
     soft = [{space: edit.softened(e.strength) for space, edit in e.adapter.edits.items()} for e in active]
-    how = (
-        {"chains": rules.chains, "residual_max": rules.residual_max}
-        if checked
-        else {"chains": "follow", "residual_max": None}
-    )
-    composed = edits.compose_spaces(soft, **how)
-    return composed if enabled else {}
+    return edits.compose_spaces(soft, chains="follow", residual_max=None)
 
 
 def _maps(

@@ -174,7 +174,7 @@ class Attachment:
             if not registry.maps:  # the operator must be used, or the compiler leaves it out
                 return with_text(self.spaces, args, kwargs, {TEXT: functools.partial(_unchanged, share=share)})
         else:
-            share = self.share(states, fed, scaled)
+            share = _untraced()(self, states, fed, scaled)
         maps = {space: functools.partial(mapping, share=share) for space, mapping in registry.maps.items()}
         return with_text(self.spaces, args, kwargs, maps) if maps else None
 
@@ -218,7 +218,7 @@ class Attachment:
             )
         if not (self.controls or registry.rules.text_changes):  # the denoiser is asked in the same step
             check_text_side(registry.side, registry.home() if pipe is None else pipe)
-        check_twins(registry, self.module)
+        check_twins(self.module, registry.edits, registry.entries)
 
     def check_lora(self, scaled: bool) -> None:
         """Raise unless the LoRA form acts whole on every layer."""
@@ -268,6 +268,12 @@ class Attachment:
                 "this call comes from no pipeline, so the rows of its batch cannot be told: call the pipeline"
             )
         return guided_parts(pipe)
+
+
+@functools.cache
+def _untraced() -> Callable:
+    """`Attachment.share`, which a compiler that gave up on the frames above it may not enter; made late, since it loads the compiler."""
+    return torch.compiler.disable(Attachment.share)
 
 
 def _scaled(kwargs: Mapping[str, Any]) -> bool:
@@ -329,13 +335,12 @@ def check_text_side(side: TextSide | None, pipe: Any) -> None:
         )
 
 
-def check_twins(registry: Registry, module: nn.Module) -> None:
-    """Raise where a LoRA twin of an erasure that is in force acts on `module` as well."""
-    for space, edit in registry.edits.items():
-        own = {name: registry.entries[name].adapter.edits.get(space) for name in registry.in_force}
-        edits = {"the set": edit} | {name: each for name, each in own.items() if each is not None}
-        if twin := loras.twin_of(module, space, edits):
+def check_twins(module: nn.Module, acting: Mapping[str, Edit], entries: Mapping[str, Entry]) -> None:
+    """Raise where a LoRA twin of an erasure that acts, or of all of them together, acts on `module` as well."""
+    for space, edit in acting.items():
+        own = {name: e.adapter.edits[space] for name, e in entries.items() if e.acts and space in e.adapter.edits}
+        if twin := loras.twin_of(module, space, own | {"the set": edit}):
             raise EraseError(
-                f"the LoRA {twin[0]!r} is the twin of {twin[1]}, which is in force already: it would be erased twice; "
+                f"the LoRA {twin[0]!r} is the twin of {twin[1]}, an erasure in force, which would act twice: "
                 f"delete_adapters({twin[0]!r}), or unload_erasure()"
             )

@@ -245,10 +245,11 @@ def test_wrong_requests_are_refused_and_change_nothing(pipe, tmp_path):
     clean = look(pipe.unet)
     refused("no erasure given", load_erasure, pipe, [])
     refused("no erasure at", load_erasure, pipe, tmp_path / "nowhere")
-    refused("no erasure at", load_erasure, pipe, "user/not-here")
+    refused("neither here nor in the cache", load_erasure, pipe, "user/not-here")
     refused("got dict", load_erasure, pipe, {"keys": 1})
     refused("got NoneType", load_erasure, pipe, None)
-    refused("mode is", load_erasure, pipe, cat, mode="lora")
+    refused("mode is one of 'auto', 'map', 'fused', 'lora'", load_erasure, pipe, cat, mode="sideways")
+    refused("branch is one of", load_erasure, pipe, cat, branch="uncond")
     refused("different names", load_erasure, pipe, [cat, gogh], "one")
     refused("different names", load_erasure, pipe, [cat, gogh], ["one", "one"])
     assert look(pipe.unet) == clean
@@ -302,7 +303,7 @@ def test_each_has_its_own_strength(pipe):
     assert error(found, expected) < AGREE < 100 * AGREE < error(found, whole)
     set_erasures(pipe, "cat")
     assert erasure_status(pipe).requested["van-gogh"] | {"digest": 0} == {
-        "concepts": ("van gogh",), "digest": 0, "strength": 0.5, "active": False, "verified": True
+        "concepts": ("van gogh",), "digest": 0, "origin": "", "strength": 0.5, "active": False, "verified": True
     }  # fmt: skip
 
 

@@ -116,7 +116,6 @@ UNREADABLE = {
     "another transformer": (lambda: Parts(transformer=torch.nn.Linear(1, 1)), "does not read prompt"),
     "additional text": (lambda: of(addition_embed_type="text", addition_embed_type_num_heads=4), "additional text"),
     "projected text": (lambda: of(encoder_hid_dim=16, encoder_hid_dim_type="text_proj"), "projects text"),
-    "phrases": (lambda: of(attention_type="gated"), "GLIGEN"),
 }
 
 
