@@ -6,7 +6,8 @@
     load_erasure(pipe, adapter)             # attaches; unload_erasure(pipe) gives back every bit
 
 Read the package in the order of its files' imports: errors, solve, edits, sites, text, task, methods, hub, adapter, mapping,
-fusing, loras, hook, status, attach, serving, mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of pictures `diffusers_erase.bench`.
+fusing, loras, hook, status, attach, serving, mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of
+pictures `diffusers_erase.bench`.
 """
 
 from . import world

@@ -354,7 +354,9 @@ def _acting(entries: Mapping[str, Entry], rules: Rules, enabled: bool, checked: 
     """The composed edits of the active entries, by space; empty where nothing acts."""
     active = [e for e in entries.values() if e.acts]
     whole = {}
-    if checked:  # at full strength and also while disabled: whether they go together is not a matter of how much of them acts
+    if (
+        checked
+    ):  # at full strength and also while disabled: whether they go together is not a matter of how much of them acts
         for other in active[1:]:
             active[0].adapter.encoder.check(other.adapter.encoder)
         whole = edits.compose_spaces(
@@ -372,7 +374,7 @@ def _maps(
     sets: Sequence[Mapping[str, Edit]], widths: Mapping[str, int], readers: Iterable[nn.Module]
 ) -> dict[str, EmbeddingMap]:
     """The map of each space, with these sets side by side, placed where `readers` are."""
-    maps = {space: EmbeddingMap([edits.get(space) for edits in sets], width) for space, width in widths.items()}
+    maps = {space: EmbeddingMap(*(each.get(space) for each in sets), width=width) for space, width in widths.items()}
     for device in {parameter.device for reader in readers for parameter in reader.parameters()}:
         for mapping in maps.values():
             mapping.place(device)

@@ -11,9 +11,9 @@ import torch
 
 from . import hub, methods  # noqa: F401 - importing the methods registers them
 from .adapter import ErasureAdapter, Recipe, compose
-from .mapping import effect
 from .edits import Gate, Pack, same_name
 from .errors import EraseError
+from .mapping import effect
 from .sites import TEXT
 from .task import Method, Task, method_named
 from .text import TEMPLATES, Encoder, PackRecipe, background, base_pack, check_templates, pack_digest, roles_of

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from . import hub, solve
 from .adapter import ErasureAdapter, Recipe
-from .attach import effect
 from .edits import Edit, Label, Pack
 from .errors import EraseError, MismatchError
 from .factors import Factors, Pair, probe, truncated
+from .mapping import effect
 from .sites import ATTRIBUTE, TEXT, layer, layer_names, matrix, sites, text_readers, unwrapped
 from .text import Encoder
 

@@ -3,7 +3,7 @@
 Pure arithmetic: it knows no pipeline and changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ class EmbeddingMap:
 
     Args:
         sets: the edit of each set, None for the empty one.
-        width: d.
+        width: d, where no set says it.
     """
 
-    def __init__(self, sets: Sequence[Edit | None], width: int):
+    def __init__(self, *sets: Edit | None, width: int = 0):
+        width = next((edit.width for edit in sets if edit is not None), width)
         solved = [_factors(edit, width) for edit in sets]
         A, D = (torch.cat(parts) for parts in zip(*((A, D) for A, D, _ in solved), strict=True))
         gates = [gate for _, _, each in solved for gate in each]
@@ -82,7 +83,7 @@ def effect(encoder: Encoder, edits: Mapping[str, Edit], concept: str) -> float:
 
 
 def _effect(encoder: Encoder, edit: Edit, concept: str) -> float:
-    mapping = EmbeddingMap([edit], edit.width)
+    mapping = EmbeddingMap(edit)
     rows = [i for i, label in enumerate(edit.labels) if label.name == concept]
     states = encoder.rows(concept, tuple(edit.labels[i].role for i in rows), ("{}",))
     shares = []

@@ -18,7 +18,7 @@ from diffusers_erase import (
     unload_erasure,
 )
 from diffusers_erase import edits as values
-from diffusers_erase.attach import EmbeddingMap, effect
+from diffusers_erase.mapping import EmbeddingMap, effect
 from diffusers_erase.sites import sites
 from diffusers_erase.task import Task
 from diffusers_erase.text import TEMPLATES, Encoder

@@ -56,9 +56,7 @@ def draw(pipe, prompts=PROMPTS, **kwargs):
     n = len(prompts) * kwargs.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(i) for i in range(n)]
     size = {"height": 16, "width": 16} if not isinstance(pipe, StableDiffusionImg2ImgPipeline) else {}
-    return pipe(
-        prompts, num_inference_steps=2, generator=generators, output_type="latent", **size, **kwargs
-    ).images
+    return pipe(prompts, num_inference_steps=2, generator=generators, output_type="latent", **size, **kwargs).images
 
 
 def one_by_one(pipe, **kwargs):
@@ -75,7 +73,9 @@ def one_by_one(pipe, **kwargs):
 # --- rows ---
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"guidance_scale": 1.0}, {"negative_prompt": ["a cat", "a boat", ""]}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"guidance_scale": 1.0}, {"negative_prompt": ["a cat", "a boat", ""]}], ids=str
+)
 def test_each_row_of_a_batch_has_its_own_set(served, kwargs):
     expected, all_active = one_by_one(served, **kwargs), draw(served, **kwargs)
     with erasing(served, rows=ROWS):
@@ -124,7 +124,9 @@ def test_every_picture_of_a_prompt_counts(served):
     with erasing(served, rows=rows):
         refused("draws 4 rows in 2 parts of guidance, erasing.* names 4", draw, served, PROMPTS[:2])
         refused("draws 6 rows in 2 parts of guidance, erasing.* names 4", draw, served)
-        refused("draws 2 rows in 1 parts of guidance, erasing.* names 4", draw, served, PROMPTS[:2], guidance_scale=1.0)
+        refused(
+            "draws 2 rows in 1 parts of guidance, erasing.* names 4", draw, served, PROMPTS[:2], guidance_scale=1.0
+        )
     assert not steps  # before the first picture
 
 
@@ -312,7 +314,9 @@ def test_a_thread_without_a_request_does_not_draw_with_another_ones(served):
         thread.start()
         thread.join()
         expected = forward(served, text)
-        handed_on = asyncio.run(asyncio.to_thread(forward, served, text))  # as a server does: it takes its context along
+        handed_on = asyncio.run(
+            asyncio.to_thread(forward, served, text)
+        )  # as a server does: it takes its context along
     assert len(caught) == 1 and "another thread" in caught[0]
     assert torch.equal(handed_on, expected)
 

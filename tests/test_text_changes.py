@@ -172,7 +172,10 @@ def test_compiled_it_is_noticed_as_well(sd1):
 TWINS = {
     "twin": lambda pipe, made: pipe.load_lora_weights(made.to_lora(pipe), adapter_name="twin"),
     "kohya's copy": lambda pipe, made: pipe.load_lora_weights(made.to_kohya(pipe), adapter_name="twin"),
-    "merged twin": lambda pipe, made: (pipe.load_lora_weights(made.to_lora(pipe), adapter_name="twin"), pipe.fuse_lora()),
+    "merged twin": lambda pipe, made: (
+        pipe.load_lora_weights(made.to_lora(pipe), adapter_name="twin"),
+        pipe.fuse_lora(),
+    ),
     "in half precision": lambda pipe, made: pipe.load_lora_weights(
         {name: tensor.half() for name, tensor in made.to_lora(pipe).items()}, adapter_name="twin"
     ),

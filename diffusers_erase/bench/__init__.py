@@ -13,8 +13,8 @@ from typing import Any
 
 from ..adapter import ErasureAdapter
 from ..attach import load_erasure, unload_erasure
-from ..status import erasure_status
 from ..errors import EraseError
+from ..status import erasure_status
 from . import images, parts
 from .beside import Beside, setting_of
 from .evaluation import Evaluation, looking

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from .. import hub
-from ..attach import erasure_status, load_erasure
+from ..attach import load_erasure
 from ..errors import EraseError
+from ..status import erasure_status
 
 
 @dataclass(frozen=True)

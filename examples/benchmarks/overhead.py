@@ -19,8 +19,8 @@ from diffusers.utils import logging
 
 from diffusers_erase import ErasureAdapter, load_erasure, unload_erasure
 from diffusers_erase.adapter import Recipe
-from diffusers_erase.attach import EmbeddingMap
 from diffusers_erase.edits import Edit, Gate, Label
+from diffusers_erase.mapping import EmbeddingMap
 from diffusers_erase.text import Fingerprint
 
 WIDTH = 768
