@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import edits, fusing, loras
 from .adapter import ErasureAdapter, compose
-from .edits import Edit
+from .edits import Edit, Pool
 from .errors import EraseError, MismatchError
 from .fusing import Change, Kept
 from .hook import OPENED, Attachment, Entry, PerCall, Registry, Rules, check_text_side, check_twins, follows
@@ -251,12 +251,13 @@ def _commit(
     mode = fresh.mode if not entries else mode or registry.mode
     branch = fresh.branch if not entries else branch or registry.branch
     rules = fresh.rules if not entries else rules or registry.rules
+    pools = dict(registry.pools) if entries else {}
     _check_free(registry, entries, enabled)
     if branch == "cond" and mode != "map":
         raise EraseError(
             f"branch='cond' exists only as a map: {mode} weights act on both halves; use mode='map' or branch='both'"
         )
-    acting = _acting(entries, rules, enabled, checked)
+    acting = _acting(entries, pools, rules, enabled, checked)
     readers = {unwrapped(reader): name for name, reader in text_readers(pipe).items()}
     modules = readers | {m: m.__dict__[ATTRIBUTE].name for m in registry.modules if m not in readers}
     if entries and side is None and registry.home() is not pipe and not rules.text_changes:
@@ -275,7 +276,7 @@ def _commit(
         if module in twins:
             loras.put(module, twins[module])
     registry.entries, registry.enabled, registry.mode, registry.branch = dict(entries), enabled, mode, branch
-    registry.rules, registry.edits, registry.maps = rules, acting, maps
+    registry.rules, registry.pools, registry.edits, registry.maps = rules, pools, acting, maps
     registry.side, registry.home = side or registry.side, weakref.ref(registry.home() or pipe)
     if not entries:
         for module in modules:
@@ -300,7 +301,7 @@ def sets_in_force(pipe: Any, sets: Sequence[Sequence[str]], which: tuple[int, ..
         if bare := [name for name, reader in readers.items() if not follows(reader, registry)]:
             raise EraseError(f"{', '.join(bare)} of this pipeline is not attached: call enable_erasure() first")
         chosen = [{n: replace(registry.entries[n], active=True) for n in known(registry, names)} for names in sets]
-        acting = [_acting(entries, registry.rules, True, checked=True) for entries in chosen]
+        acting = [_acting(entries, registry.pools, registry.rules, True, checked=True) for entries in chosen]
         spaces = {space: edit.width for e in registry.entries.values() for space, edit in e.adapter.edits.items()}
         maps, token = _maps(acting, spaces, map(unwrapped, readers.values())), object()
         was, opened = registry.maps, OPENED.set(token)
@@ -350,7 +351,9 @@ def _check_free(registry: Registry, entries: Mapping[str, Entry], enabled: bool)
             )
 
 
-def _acting(entries: Mapping[str, Entry], rules: Rules, enabled: bool, checked: bool) -> dict[str, Edit]:
+def _acting(
+    entries: Mapping[str, Entry], pools: dict[str, Pool], rules: Rules, enabled: bool, checked: bool
+) -> dict[str, Edit]:
     """The composed edits of the active entries, by space; empty where nothing acts."""
     active = [e for e in entries.values() if e.acts]
     whole = {}
@@ -360,14 +363,14 @@ def _acting(entries: Mapping[str, Entry], rules: Rules, enabled: bool, checked: 
         for other in active[1:]:
             active[0].adapter.encoder.check(other.adapter.encoder)
         whole = edits.compose_spaces(
-            [e.adapter.edits for e in active], chains=rules.chains, residual_max=rules.residual_max
+            [e.adapter.edits for e in active], chains=rules.chains, residual_max=rules.residual_max, pools=pools
         )
     if not enabled:
         return {}
     if checked and all(e.strength == 1 for e in active):
         return whole
     soft = [{space: edit.softened(e.strength) for space, edit in e.adapter.edits.items()} for e in active]
-    return edits.compose_spaces(soft, chains="follow", residual_max=None)
+    return edits.compose_spaces(soft, chains="follow", residual_max=None, pools=pools)
 
 
 def _maps(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import loras
 from .adapter import ErasureAdapter
-from .edits import Edit
+from .edits import Edit, Pool
 from .errors import EraseError
 from .fusing import Kept
 from .mapping import EmbeddingMap
@@ -102,6 +102,8 @@ class Registry:
     """By a policy: what a request may add."""
     edits: dict[str, Edit] = field(default_factory=dict)
     """What acts now, by space of text states; empty where nothing does."""
+    pools: dict[str, Pool] = field(default_factory=dict)
+    """By space what was solved already, from which a choice is taken quickly."""
     maps: dict[str, EmbeddingMap] = field(default_factory=dict)
     """Its map form, empty in another mode."""
     call: PerCall | None = None

@@ -3,7 +3,7 @@
 Pure arithmetic: it knows no pipeline and changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,20 +31,7 @@ class EmbeddingMap:
 
     def __init__(self, *sets: Edit | None, width: int = 0):
         width = next((edit.width for edit in sets if edit is not None), width)
-        solved = [_factors(edit, width) for edit in sets]
-        A, D = (torch.cat(parts) for parts in zip(*((A, D) for A, D, _ in solved), strict=True))
-        gates = [gate for _, _, each in solved for gate in each]
-        size = next((s for s in ROW_SIZES if s >= len(A)), len(A))
-        tensors: dict[str, Tensor] = {}
-        if len(sets) == 1 and not any(gates) and size > width // 2:
-            tensors["left"] = A.mT @ D
-        else:
-            tensors |= {"left": _padded(A, size).mT, "right": _padded(D, size)}
-        if any(gates):
-            tensors["gates"] = _padded(torch.tensor([gate or OPEN for gate in gates]), size, fill=1.0)
-        if len(sets) > 1:
-            owner = torch.cat([torch.full((len(A),), i) for i, (A, _, _) in enumerate(solved)])
-            tensors["members"] = _padded(torch.nn.functional.one_hot(owner, len(sets)), size).mT
+        tensors = _dense(*sets) or _side_by_side(sets, width)
         cpu = torch.device("cpu")
         self.tensors = {cpu: {name: t.to(cpu, torch.float32).contiguous() for name, t in tensors.items()}}
 
@@ -93,14 +80,36 @@ def _effect(encoder: Encoder, edit: Edit, concept: str) -> float:
     return sum(shares) / len(shares)
 
 
-def _factors(edit: Edit | None, width: int) -> tuple[Tensor, Tensor, list[Gate | None]]:
-    """(A `[k, d]`, D `[k, d]`, gates) of the moving rows; none for the empty set."""
-    if edit is None:
-        empty = torch.zeros(0, width, dtype=torch.float64)
-        return empty, empty, []
-    moving = edit.moving
-    gates = [label.gate for label in edit.labels if label.targets is not None]
-    return edit.detectors()[moving], edit.offsets.double()[moving], gates
+def _dense(*sets: Edit | None) -> dict[str, Tensor]:
+    """The one matrix of a single set of many rows; empty where it would cost more, or a gate needs the detectors apart."""
+    edit = sets[0] if len(sets) == 1 else None
+    if edit is None or any(_gates(edit)) or _size(int(edit.moving.sum())) <= edit.width // 2:
+        return {}
+    return {"left": edit.matrix}
+
+
+def _side_by_side(sets: Sequence[Edit | None], width: int) -> dict[str, Tensor]:
+    """Aᵀ and D of all sets, each solved for itself, with their gates and which set a row belongs to."""
+    none = torch.zeros(0, width, dtype=torch.float64)
+    A = [none if edit is None else edit.detectors()[edit.moving] for edit in sets]
+    D = [none if edit is None else edit.offsets.double()[edit.moving] for edit in sets]
+    gates = [gate for edit in sets if edit is not None for gate in _gates(edit)]
+    size = _size(sum(map(len, A)))
+    tensors = {"left": _padded(torch.cat(A), size).mT, "right": _padded(torch.cat(D), size)}
+    if any(gates):
+        tensors["gates"] = _padded(torch.tensor([gate or OPEN for gate in gates]), size, fill=1.0)
+    if len(sets) > 1:
+        owner = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(A)])
+        tensors["members"] = _padded(torch.nn.functional.one_hot(owner, len(sets)), size).mT
+    return tensors
+
+
+def _gates(edit: Edit) -> list[Gate | None]:
+    return [label.gate for label in edit.labels if label.targets is not None]
+
+
+def _size(rows: int) -> int:
+    return next((size for size in ROW_SIZES if size >= rows), rows)
 
 
 def _padded(rows: Tensor, size: int, fill: float = 0.0) -> Tensor:

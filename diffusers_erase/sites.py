@@ -228,6 +228,7 @@ def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,)) -> None:
     Quantised, packed, meta and fp8 weights lose or refuse small edits; a LoRA that PEFT has merged would be subtracted later
     from weights that it was not added to.
     """
+    _check_in_memory(reader)
     for path, linear in ((path, linear) for space in spaces for path, linear in sites(reader, space).items()):
         if getattr(unwrapped(reader).get_submodule(path), "merged", False):
             raise EraseError(
@@ -239,6 +240,17 @@ def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,)) -> None:
             raise EraseError(
                 f"{path} holds {type(weight).__name__} {weight.dtype} on {weight.device}: an erasure is fused only into plain floating "
                 f"weights; keep it as a map, which works on any"
+            )
+
+
+def _check_in_memory(reader: nn.Module) -> None:
+    """Raise where diffusers keeps weights in files between calls: those in memory are not read again, and not even right."""
+    for path, module in unwrapped(reader).named_modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        group = hooks and hooks.get_hook("group_offloading")
+        if getattr(getattr(group, "group", None), "offload_to_disk_path", None) is not None:
+            raise EraseError(
+                f"the weights of {path or 'the model'} are offloaded to disk, where an erasure cannot be written: keep it as a map"
             )
 
 

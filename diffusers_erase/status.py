@@ -87,6 +87,12 @@ def get_active_erasures(pipe: Any) -> list[str]:
     return list(registry.in_force) if registry else []
 
 
+def edits_in_force(pipe: Any) -> dict[str, Edit]:
+    """The rows that act now, all adapters composed, by space of text states; empty where none do."""
+    registry = registry_of(text_readers(pipe))
+    return dict(registry.edits) if registry else {}
+
+
 def get_list_erasures(pipe: Any) -> dict[str, list[str]]:
     """Names of the loaded erasures, by component."""
     found = {name: unwrapped(reader).__dict__.get(ATTRIBUTE) for name, reader in text_readers(pipe).items()}

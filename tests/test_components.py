@@ -150,7 +150,8 @@ def test_perturbed_attention_guidance_is_erased(sd1, guidance):
 
 def frames(pipe, prompt="a photo of a cat", **kwargs):
     generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_frames=2, num_inference_steps=2, generator=generator, output_type="latent", height=16, width=16, **kwargs).frames  # fmt: skip
+    fixed = {"num_frames": 2, "num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
+    return pipe(prompt, generator=generator, **fixed, **kwargs).frames
 
 
 def animated(pipe):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .. import hub, world
 from ..adapter import ErasureAdapter
-from ..attach import EmbeddingMap
 from ..errors import EraseError
+from ..mapping import EmbeddingMap
 from ..sites import POOLED, TEXT
 from ..text import Encoder
 from . import distances

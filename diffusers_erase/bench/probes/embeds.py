@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...attach import edits_in_force
 from ...edits import Edit
 from ...sites import POOLED, TEXT
+from ...status import edits_in_force
 from .probe import Attack, probe
 from .searching import random_names
 from .subject import Subject

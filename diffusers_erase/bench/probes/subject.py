@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...attach import disable_erasure, erasure_status
+from ...attach import disable_erasure
 from ...errors import EraseError
+from ...status import erasure_status
 from ...text import Encoder, check_templates
 
 OnStep = Callable[[int, Tensor], Tensor]
