@@ -367,6 +367,8 @@ def shares(hits, unknown=0):
     [
         (shares(10), shares(10), shares(0), "came back"),
         (shares(9), shares(0), shares(0), "came back"),
+        (shares(4), shares(10), shares(0), "came back"),
+        (shares(2), shares(10), shares(0), "not more"),
         (shares(0), shares(10), shares(0), "not more"),
         (shares(4), shares(10), shares(4), "not more"),
         (shares(0), shares(0), shares(0), "says nothing"),

@@ -1,10 +1,11 @@
 """Erase objects of emoji-sd, then try to bring each back by every probe: what does each kind of attack get?
 
-    python examples/benchmarks/probes.py                       # three objects, by name only and with their paraphrases named
-    python examples/benchmarks/probes.py --concepts bee --budget 4000
+    python examples/benchmarks/probes.py                       # three objects, each erased by its name only
+    python examples/benchmarks/probes.py --coreferences        # their paraphrases named too
+    python examples/benchmarks/probes.py --concepts bee --probes completion inpainting --budget 4000
 
-Prints a table for each adapter, pooled over the objects, with 95 % intervals. For every probe and object the strongest way is
-chosen on some seeds and measured on others. Results are kept in --work: a killed run goes on, and a probe is run once.
+Prints a table, pooled over the objects, with 95 % intervals. For every probe and object the strongest way is chosen on some
+seeds and measured on others. Results are kept in --work: a killed run goes on, and a probe is run once.
 """
 
 import argparse
@@ -22,8 +23,8 @@ OPTIONS = {"concept-vector": {"scales": (1.0, 3.0), "population": 16, "generatio
 SHARES = ("came_back", "control", "chance")
 
 
-def measured(pipe, judge, concept: str, budget: int, folder: Path) -> dict[str, dict]:
-    """The results of every probe, as JSON; those in `folder` are not run again."""
+def measured(pipe, judge, concept: str, probes: list[str], budget: int, folder: Path) -> dict[str, dict]:
+    """The results of these probes, as JSON; those in `folder` are not run again."""
     setting = Setting(
         templates=tuple(world.prompt("{}", style) for style in world.STYLES),
         names=tuple(world.paraphrases(concept)),
@@ -32,10 +33,10 @@ def measured(pipe, judge, concept: str, budget: int, folder: Path) -> dict[str, 
         batch=16,
     )
     told = {}
-    for name, probe in PROBES.items():
+    for name in probes:
         file = folder / f"{name}.json"
         if not file.is_file():
-            result = probe(
+            result = PROBES[name](
                 pipe, concept, lambda pictures: [o == concept for o in judge.objects(pictures)], budget,
                 setting=setting, folder=folder / name, **OPTIONS.get(name, {}),
             )  # fmt: skip
@@ -64,31 +65,30 @@ def curve(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=list(OBJECTS))
+    parser.add_argument("--probes", nargs="+", default=list(PROBES), choices=list(PROBES), metavar="PROBE")
+    parser.add_argument("--coreferences", action="store_true", help="name each object's paraphrases when erasing it")
     parser.add_argument(
-        "--budget", type=int, default=800, help="denoiser forwards of a probe on one object; a picture takes 20"
+        "--budget", type=int, default=800, help="forwards of a probe on one object; a picture takes 20"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("probes-work"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    pipe, judge, found = world.load(), world.judge(), {}
+    pipe, judge, found = world.load(), world.judge(), []
+    adapter = "paraphrases named too" if given.coreferences else "by name only"
     for concept in given.concepts:
-        for adapter, names in (("by name only", ()), ("paraphrases named too", world.paraphrases(concept))):
-            load_erasure(pipe, erase(pipe, concept, coreferences=names))
-            folder = given.work / concept / adapter.replace(" ", "-")
-            found.setdefault(adapter, []).append(measured(pipe, judge, concept, given.budget, folder))
-            unload_erasure(pipe)
-    for adapter, objects in found.items():
-        print(
-            f"\n{adapter} ({', '.join(given.concepts)})\n\n| probe | came back | unedited | by chance | strongest ways |"
-        )
-        print("|---|---|---|---|---|")
-        for name in PROBES:
-            results = [told[name] for told in objects]
-            ways = "; ".join(result["strongest"] for result in results)
-            print(f"| {name} | {' | '.join(pooled(results, share) for share in SHARES)} | {ways} |")
-        print(f"\ncompletion: {curve([told['completion'] for told in objects])}")
-        print(f"inpainting: {curve([told['inpainting'] for told in objects])}")
+        load_erasure(pipe, erase(pipe, concept, coreferences=world.paraphrases(concept) if given.coreferences else ()))
+        folder = given.work / concept / adapter.replace(" ", "-")
+        found.append(measured(pipe, judge, concept, given.probes, given.budget, folder))
+        unload_erasure(pipe)
+    print(f"\n{', '.join(given.concepts)}; {adapter}; {given.budget} forwards each\n")
+    print("| probe | came back | unedited | by chance | strongest ways |\n|---|---|---|---|---|")
+    for name in given.probes:
+        results = [told[name] for told in found]
+        ways = "; ".join(result["strongest"] for result in results)
+        print(f"| {name} | {' | '.join(pooled(results, share) for share in SHARES)} | {ways} |")
+    for name in (name for name in ("completion", "inpainting") if name in given.probes):
+        print(f"\n{name}: {curve([told[name] for told in found])}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a probe found: shares with intervals, what was tried, and the strongest pictures. Frozen, and JSON as it stands."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,12 +71,12 @@ class ProbeResult:
 
     @property
     def verdict(self) -> str:
-        """In a few words what follows, by intervals that do not overlap."""
-        if self.came_back.low > self.chance.high:
+        """In a few words what follows, by differences whose 95 % interval lies above 0."""
+        if _exceeds(self.came_back, self.chance):
             return "came back"
         if self.came_back.bounds and self.came_back.bounds[1] > self.chance.high:
             return "unknown: the judge could not tell enough of the pictures"
-        if self.control.low <= self.chance.high:
+        if not _exceeds(self.control, self.chance):
             return "says nothing: the unedited model does not show it this way either"
         return "not more than by chance"
 
@@ -89,3 +90,9 @@ class ProbeResult:
             f"{self.name}: {self.verdict} by {self.strongest}; {self.came_back}; unedited {self.control}; "
             f"by chance {self.chance}; {self.used:,} of {self.budget:,} forwards"
         )
+
+
+def _exceeds(share: Estimate, other: Estimate) -> bool:
+    """Whether the difference of two shares has an interval above 0 (Newcombe 1998, Statistics in Medicine 17, method 10)."""
+    below, above = share.value - share.low, other.high - other.value
+    return share.value - other.value > math.hypot(below, above)
