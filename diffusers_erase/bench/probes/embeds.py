@@ -47,14 +47,14 @@ def embeds(subject: Subject, *, changes: dict[str, Change] | None = None) -> Att
     inverse of the linear part.) So do not let strangers hand over embeddings.
 
     Args:
-        changes: by label, what is done to the states `[tokens, d]`; by default `CHANGES` and the inverse.
+        changes: by label, what is done to the states `[tokens, d]`; by default the inverse and `CHANGES`.
 
     Example:
         >>> PROBES["embeds"](pipe, "Van Gogh", found, changes={"doubled": lambda own, empty, other: 2 * own}).came_back
     """
     undo = {space: _inverse(edit) for space, edit in edits_in_force(subject.pipe).items()}
     inverse = {INVERSE: lambda own, empty, other: undo[TEXT](own)} if TEXT in undo else {}
-    known = CHANGES | inverse if changes is None else changes
+    known = inverse | CHANGES if changes is None else changes
     words = random_names(subject, 2, 1)
     empty = subject.encoder.encode([""]).rows[0]
 
