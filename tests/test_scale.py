@@ -86,6 +86,7 @@ def test_shards_end_in_the_same_report_and_a_merge_refuses_missing_ones(asked, u
     assert "since not all shards" in bench.save(partial, tmp_path / "partial").read_text()
     bench.work(pipe, evaluation, adapters, judges, pictures, Shard(1, 2))
     assert not evaluation.unanswered(pictures) and not evaluation.undrawn(pictures)
+    bench.examine(pipe, evaluation, adapters, judges, pictures)  # measures of whole sets: whoever ends last
     whole = result(Evaluation.load(tmp_path).report(pictures))
     assert whole == undisturbed
     assert result(partial) != whole  # control

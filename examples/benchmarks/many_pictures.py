@@ -62,7 +62,7 @@ def main():
     words = [world.prompt(word, style) for word in world.OBJECTS for style in world.STYLES]
     prompts = [Prompt(words[i % len(words)], i) for i in range(options.pictures)]
     plan = plan_for(pipe, prompts, Settings(steps=1, guidance=1.0, height=64, width=64))
-    done, start, marks = 0, time.perf_counter(), {}
+    done, start, marks = 0, time.process_time(), {}
 
     def report(stage):
         def on_picture(n):
@@ -78,13 +78,13 @@ def main():
     print("| stage | pictures | resident MiB |\n|---|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
         draw(pipe, plan, folder, on_picture=report("drawn"))
-        drawn, done = time.perf_counter() - start, 0
+        drawn, done = time.process_time() - start, 0
         ask(plan, folder, QUESTION, brightness(paths(plan, folder)), on_picture=report("judged"))
-        judged = time.perf_counter() - start - drawn
+        judged = time.process_time() - start - drawn
         found = answers(plan, folder, QUESTION)
         print(f"| merged | {len(found):,} | {resident():.0f} |\n")
     bright = Share.of(value > 0.5 for value in found).estimate()
-    print(f"drawn {len(found) / drawn:.0f} pictures/s, judged {len(found) / judged:.0f} pictures/s; bright: {bright}")
+    print(f"drawn {len(found) / drawn:.0f}, judged {len(found) / judged:.0f} a CPU second; bright: {bright}")
     print(f"growth from the first batch to the last: {resident() - marks['drawn']:.1f} MiB")
 
 
