@@ -21,10 +21,11 @@ from . import edits, fusing, loras
 from .adapter import ErasureAdapter, compose
 from .edits import Edit, Pool
 from .errors import EraseError, MismatchError
+from .factors import Factors, add
 from .fusing import Change, Kept
 from .hook import OPENED, Attachment, Entry, PerCall, Registry, Rules, check_text_side, check_twins, follows
 from .mapping import EmbeddingMap, effect
-from .sites import ATTRIBUTE, text_readers, unwrapped, widths
+from .sites import ATTRIBUTE, Layer, check_fusable, layer, matrix, text_readers, unwrapped, widths
 from .status import registry_of
 from .text import Encoder, TextSide
 
@@ -76,7 +77,8 @@ def load_erasure(
         adapter_name: name, or one for each source; by default made from the concepts.
         strength: 1 is the adapter's own residual r; w gives the residual 1 − w(1 − r).
         mode: form of all erasures on the pipe. `"map"`; `"fused"` into plain floating weights; `"lora"`, beside the user's LoRAs
-            (one that a LoRA call switches off makes the next picture raise); `"auto"`: the form that is there already, else map.
+            (one that a LoRA call switches off makes the next picture raise); `"auto"`: fused where there are factors, which have
+            no other form, else the form that is there already, else map.
         branch: `"both"` halves of a guided batch, so that a negative prompt loses the concept too; or `"cond"`, the conditional
             half alone, as a map on this pipeline only. None: as what is loaded already, else both.
         strict: False loads an adapter whose text encoder or effect does not match; the status says so for as long as it is there.
@@ -110,13 +112,12 @@ def load_erasure(
         raise EraseError(
             "no erasure given: expected a folder, a file, a repository, an ErasureAdapter, or a list of them"
         )
-    if factors := [a for a in adapters if a.kind == "factors"]:
-        raise EraseError(
-            f"the erasure of {', '.join(factors[0].concepts)} is factors, which this version does not attach yet: use its LoRA twin"
-        )
     names = _names(adapters, adapter_name, registry.entries)
     for adapter in adapters:
         _check_width(adapter, readers)
+        _check_base(adapter, readers, same=False)
+    if mode == "auto":
+        mode = _form(registry, adapters)
     passed, side = _verify(pipe, adapters, strict)
     entries = {n: Entry(a, strength, True, ok) for n, a, ok in zip(names, adapters, passed, strict=True)}
     if registry.entries and branch not in (None, registry.branch):
@@ -125,7 +126,7 @@ def load_erasure(
         )
     _commit(
         pipe, registry, registry.entries | entries, checked=True,
-        mode=registry.mode if mode == "auto" else mode,
+        mode=mode,
         branch=branch or registry.branch,
         rules=registry.rules.loosened(Rules(chains, residual_max, allow_text_changes)),
         side=side,
@@ -257,7 +258,13 @@ def _commit(
         raise EraseError(
             f"branch='cond' exists only as a map: {mode} weights act on both halves; use mode='map' or branch='both'"
         )
-    acting = _acting(entries, pools, rules, enabled, checked)
+    acting, added = _acting(entries, pools, rules, enabled, checked), _added(entries, enabled)
+    if added is not None and mode != "fused":
+        named = next(name for name, entry in entries.items() if entry.acts and entry.adapter.factors is not None)
+        raise EraseError(
+            f"{named!r} is factors, changes of single layers: they exist in fused form only, not as {mode}; use mode='fused' or "
+            f"fuse_erasure(), or delete_erasures({named!r})"
+        )
     readers = {unwrapped(reader): name for name, reader in text_readers(pipe).items()}
     modules = readers | {m: m.__dict__[ATTRIBUTE].name for m in registry.modules if m not in readers}
     if entries and side is None and registry.home() is not pipe and not rules.text_changes:
@@ -265,18 +272,19 @@ def _commit(
     for module in modules:
         check_twins(module, acting, entries)
     maps = _maps([acting], {space: edit.width for space, edit in acting.items()}, modules) if mode == "map" else {}
-    changes = {m: _changes(m, acting if mode == "fused" else {}) for m in modules}
+    changes = {m: _changes(m, name, acting if mode == "fused" else {}, added) for m, name in modules.items()}
     twins = {m: _twin(m, changes[m], acting) for m in modules} if mode == "lora" and acting else {}
     for module, name in modules.items():
         found = module.__dict__.get(ATTRIBUTE) or _attach(registry, module, name)
         found.join(registry)
         if registry.mode == "lora":
             loras.take(module)
-        found.kept = _write(changes[module], keep=mode == "fused" and bool(acting))
+        found.kept = _write(changes[module], keep=mode == "fused" and (bool(acting) or added is not None))
         if module in twins:
             loras.put(module, twins[module])
     registry.entries, registry.enabled, registry.mode, registry.branch = dict(entries), enabled, mode, branch
     registry.rules, registry.pools, registry.edits, registry.maps = rules, pools, acting, maps
+    registry.factors = added
     registry.side, registry.home = side or registry.side, weakref.ref(registry.home() or pipe)
     if not entries:
         for module in modules:
@@ -384,25 +392,42 @@ def _maps(
     return maps
 
 
-def _changes(module: nn.Module, acting: Mapping[str, Edit]) -> dict[nn.Linear, Change]:
-    """What to write so that `acting` is fused into `module`."""
+def _added(entries: Mapping[str, Entry], enabled: bool) -> Factors | None:
+    """The sum of the active factors at their strengths; None where there are none."""
+    active = {name: entry for name, entry in entries.items() if entry.acts and entry.adapter.factors is not None}
+    seen: dict[str, str] = {}
+    for name, entry in active.items():
+        if (other := seen.setdefault(entry.adapter.digest, name)) != name:
+            raise EraseError(
+                f"{name!r} and {other!r} are the same factors: added twice they would act twice; delete_erasures({name!r})"
+            )
+    soft = [e.adapter.factors.softened(e.strength) for e in active.values() if e.adapter.factors is not None]
+    return add(*soft) if soft and enabled else None
+
+
+def _changes(module: nn.Module, name: str, acting: Mapping[str, Edit], added: Factors | None) -> dict[Layer, Change]:
+    """What to write so that `acting` is fused into `module`, and `added` too where it is the denoiser."""
     found = module.__dict__.get(ATTRIBUTE)
-    return (
-        fusing.plan(module, found.kept, found.registry.edits, acting) if found else fusing.plan(module, {}, {}, acting)
-    )
+    if found is None:
+        return fusing.plan(module, {}, {}, acting, None, None if name.startswith("controlnet") else added)
+    return fusing.plan(
+        module, found.kept, found.registry.edits, acting,
+        None if found.controls else found.registry.factors, None if found.controls else added,
+    )  # fmt: skip
 
 
-def _twin(module: nn.Module, changes: Mapping[nn.Linear, Change], acting: Mapping[str, Edit]) -> dict[str, Tensor]:
+def _twin(module: nn.Module, changes: Mapping[Layer, Change], acting: Mapping[str, Edit]) -> dict[str, Tensor]:
     """The LoRA form of `acting` for `module`."""
     loras.check(module)
     return fusing.lora(module, changes, acting)
 
 
 @torch.no_grad()
-def _write(changes: Mapping[nn.Linear, Change], keep: bool) -> dict[nn.Linear, Kept]:
-    for linear, (_, new) in changes.items():
-        linear.weight.copy_(new)
-    return {linear: Kept(base, fusing.fingerprint(new)) for linear, (base, new) in changes.items()} if keep else {}
+def _write(changes: Mapping[Layer, Change], keep: bool) -> dict[Layer, Kept]:
+    for linear, change in changes.items():
+        linear.weight.copy_(change.new)
+    kept = {linear: Kept(c.base, fusing.fingerprint(c.new), c.space) for linear, c in changes.items()}
+    return kept if keep else {}
 
 
 def _attach(registry: Registry, module: nn.Module, name: str) -> Attachment:
@@ -454,6 +479,32 @@ def _check_width(adapter: ErasureAdapter, readers: dict[str, nn.Module]) -> None
             )
 
 
+def _check_base(adapter: ErasureAdapter, readers: dict[str, nn.Module], *, same: bool) -> None:
+    """Raise unless the denoiser's original weights are those that factors were made for; of `same` False, have their shapes."""
+    if adapter.factors is None:
+        return
+    reader = next(iter(readers.values()))
+    check_fusable(reader, (), adapter.factors.paths)
+    found = unwrapped(reader).__dict__.get(ATTRIBUTE)
+    kept = found.kept if found else {}
+    layers = {path: layer(reader, path) for path in adapter.factors.paths}
+    weights = {path: kept[part].base if part in kept else part.weight for path, part in layers.items()}
+    adapter.factors.check({path: matrix(weight) for path, weight in weights.items()}, same=same)
+
+
+def _form(registry: Registry, adapters: Sequence[ErasureAdapter]) -> str:
+    """The form that `mode="auto"` means for a pipeline with these erasures and these new ones."""
+    if registry.mode == "fused" or all(a.factors is None for a in adapters):
+        return registry.mode
+    loaded = [entry.adapter for entry in registry.entries.values()] + list(adapters)
+    if gated := [a for a in loaded for edit in a.edits.values() for label in edit.labels if label.gate]:
+        raise EraseError(
+            f"factors exist in fused form only, in which the gate of {', '.join(gated[0].concepts)} is left out: accept that with "
+            f"mode='fused', or do not load both"
+        )
+    return "fused"
+
+
 def _verify(pipe: Any, adapters: Sequence[ErasureAdapter], strict: bool) -> tuple[list[bool], TextSide | None]:
     """Whether the pipe's encoder is each adapter's and its concepts' names still land on their targets, and its text side now.
 
@@ -471,6 +522,7 @@ def _verify(pipe: Any, adapters: Sequence[ErasureAdapter], strict: bool) -> tupl
     for adapter in adapters:
         try:
             adapter.encoder.check(side.fingerprint)
+            _check_base(adapter, text_readers(pipe), same=True)
             _check_effects(encoder, adapter)
         except EraseError:
             if strict:

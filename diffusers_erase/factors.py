@@ -91,8 +91,8 @@ class Factors:
         """These factors with `strength` w of their effect: W + w B A."""
         return replace(self, pairs={path: Pair(down, up * strength) for path, (down, up) in self.pairs.items()})
 
-    def check(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise unless `weights` (`[out, in]`, by path) are those that these factors were made for.
+    def check(self, weights: Mapping[str, Tensor], *, same: bool = True) -> None:
+        """Raise unless `weights` (`[out, in]`, by path) are those that these factors were made for; of `same` False, have their shapes.
 
         Raises:
             MismatchError: a layer is missing, has another shape, or holds other weights.
@@ -104,6 +104,8 @@ class Factors:
                 raise MismatchError(
                     f"the factors change {path} of shape {expected}, this model has {found}: they were made for another base model"
                 )
+        if not same:
+            return
         found = tuple(probe(weights[path]) for path in self.paths)
         error = math.dist(found, self.base) / max(math.hypot(*self.base), 1e-12)
         if not error <= BASE_TOLERANCE:

@@ -22,11 +22,13 @@ from . import loras
 from .adapter import ErasureAdapter
 from .edits import Edit, Pool
 from .errors import EraseError
+from .factors import Factors
 from .fusing import Kept
 from .mapping import EmbeddingMap
 from .sites import (
     ATTRIBUTE,
     TEXT,
+    Layer,
     family_of,
     feeds_controlnet,
     guided_parts,
@@ -104,6 +106,8 @@ class Registry:
     """What acts now, by space of text states; empty where nothing does."""
     pools: dict[str, Pool] = field(default_factory=dict)
     """By space what was solved already, from which a choice is taken quickly."""
+    factors: Factors | None = None
+    """What acts on the denoiser's layers beside them; in fused form only."""
     maps: dict[str, EmbeddingMap] = field(default_factory=dict)
     """Its map form, empty in another mode."""
     call: PerCall | None = None
@@ -146,7 +150,7 @@ class Attachment:
         self.name = name
         self.controls = name.startswith("controlnet")
         self.spaces = family_of(module).spaces
-        self.kept: dict[nn.Linear, Kept] = {}
+        self.kept: dict[Layer, Kept] = {}
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
         self.join(registry)
 

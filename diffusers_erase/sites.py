@@ -20,6 +20,9 @@ ATTRIBUTE = "_diffusers_erase"
 
 TEXT, POOLED = "text", "pooled"
 
+Layer = nn.Linear | nn.Conv2d
+"""What weight forms change: a linear layer, or a 1×1 convolution, which is one at every place of a picture."""
+
 
 class Space(NamedTuple):
     """How the readers of a family take one kind of text state."""
@@ -222,24 +225,33 @@ def reads_phrases(reader: nn.Module) -> bool:
     return str(unwrapped(reader).config.get("attention_type", "default")).startswith("gated")
 
 
-def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,)) -> None:
-    """Raise unless every site of `reader` in `spaces` is a plain floating weight that can be written and given back.
+def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,), paths: Iterable[str] = ()) -> None:
+    """Raise unless every site of `reader` in `spaces` and every layer of `paths` is a plain floating weight that can be written
+    and given back.
 
     Quantised, packed, meta and fp8 weights lose or refuse small edits; a LoRA that PEFT has merged would be subtracted later
-    from weights that it was not added to.
+    from weights that it was not added to; projections that the host has fused into a copy are read no more.
     """
     _check_in_memory(reader)
-    for path, linear in ((path, linear) for space in spaces for path, linear in sites(reader, space).items()):
+    named = {path: layer(reader, path) for path in paths}
+    for path in named:
+        # The flag of an attention stays set when the projections are unfused again; which processor it has tells.
+        attention = unwrapped(reader).get_submodule(path.rpartition(".")[0])
+        if type(getattr(attention, "processor", None)).__name__.startswith("Fused"):
+            raise EraseError(
+                f"{path} is not read now, fuse_qkv_projections has made a copy of it: call unfuse_qkv_projections() before this change"
+            )
+    for path, linear in ({p: lin for space in spaces for p, lin in sites(reader, space).items()} | named).items():
         if getattr(unwrapped(reader).get_submodule(path), "merged", False):
             raise EraseError(
                 f"a LoRA is fused into {path}: call unfuse_lora() before fuse_erasure(), or keep the erasure as a map"
             )
         weight = linear.weight
-        plain = type(weight) is nn.Parameter and weight.ndim == 2 and not weight.is_meta
+        plain = type(weight) is nn.Parameter and weight.ndim in (2, 4) and not weight.is_meta
         if not plain or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise EraseError(
                 f"{path} holds {type(weight).__name__} {weight.dtype} on {weight.device}: an erasure is fused only into plain floating "
-                f"weights; keep it as a map, which works on any"
+                f"weights; rows may be kept as a map, which works on any"
             )
 
 
@@ -252,6 +264,22 @@ def _check_in_memory(reader: nn.Module) -> None:
             raise EraseError(
                 f"the weights of {path or 'the model'} are offloaded to disk, where an erasure cannot be written: keep it as a map"
             )
+
+
+def probe_arguments(reader: nn.Module, states: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments for one call of a UNet on fixed noise with these states, `[n, ...]` of each space."""
+    unet: Any = unwrapped(reader)
+    if family_of(reader).denoiser != "unet":
+        raise EraseError(f"{type(unet).__name__} is no UNet: this version does not export its family")
+    like, n = next(unet.parameters()), len(states[TEXT])
+    noise = torch.randn(n, unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    found: dict[str, Any] = {"sample": noise.to(like), "timestep": 500}
+    for name, space in family_of(reader).spaces.items():
+        outer, inner = space.argument[0], space.argument[-1]
+        found[outer] = states[name].to(like) if outer == inner else {inner: states[name].to(like)}
+    if "added_cond_kwargs" in found:
+        found["added_cond_kwargs"]["time_ids"] = like.new_zeros(n, 6)
+    return found
 
 
 def _base_layer(linear: Any) -> nn.Linear:
@@ -391,7 +419,7 @@ FAMILIES = (
 # --- layers by name: what factors and foreign files speak of ---
 
 
-def layer(reader: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
+def layer(reader: nn.Module, path: str) -> Layer:
     """The linear layer or 1×1 convolution at `path`, without PEFT's wrapper; `matrix` gives its weight as `[out, in]`.
 
     Raises:
@@ -419,25 +447,21 @@ def layer_names(reader: nn.Module) -> dict[str, str]:
     Names are the path itself and, with `_` for `.`, kohya's stem of the path and of CompVis' name of it
     (`input_blocks_4_1_…`, which files for SDXL carry).
     """
-    found = {}
-    blocks = _compvis_blocks(unwrapped(reader))
+    found, theirs = {}, _compvis_names(unwrapped(reader))
     for path, module in unwrapped(reader).named_modules():
-        if (
-            isinstance(_base_layer(module), (nn.Linear, nn.Conv2d))
-            and "base_layer" not in path
-            and "lora_" not in path
-        ):
-            names = [
-                path,
-                *(theirs + path[len(ours) :] for ours, theirs in blocks.items() if path.startswith(f"{ours}.")),
+        plain = "base_layer" not in path and "lora_" not in path
+        if plain and isinstance(_base_layer(module), (nn.Linear, nn.Conv2d)):
+            names = [path] + [
+                name + path[len(ours) :] for ours, name in theirs.items() if f"{path}.".startswith(f"{ours}.")
             ]
             found |= dict.fromkeys([path, *(name.replace(".", "_") for name in names)], path)
     return found
 
 
-def _compvis_blocks(unet: Any) -> dict[str, str]:
-    """{path of a transformer block group: CompVis' name of it}. Input blocks count conv_in, every layer and every downsampler."""
+def _compvis_names(unet: Any) -> dict[str, str]:
+    """{path of a group of layers: CompVis' name of it}. Input blocks count conv_in, every layer and every downsampler."""
     blocks = {"mid_block.attentions.0": "middle_block.1"}
+    blocks |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     for b, block in enumerate(getattr(unet, "down_blocks", ())):
         count = len(block.resnets) + 1
         for a in range(len(getattr(block, "attentions", None) or ())):

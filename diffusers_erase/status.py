@@ -109,7 +109,7 @@ def erasure_status(pipe: Any) -> ErasureStatus:
             name: described(registry, name) | {"active": entry.active} for name, entry in registry.entries.items()
         },
         in_force=registry.in_force,
-        mode=registry.mode if registry.edits else "none",
+        mode=registry.mode if registry.edits or registry.factors else "none",
         branch=registry.branch,
         components=_attached(readers, registry),
         residuals=_residuals(registry.edits),
@@ -185,11 +185,18 @@ def _told(readers: Mapping[str, nn.Module], registry: Registry) -> Iterable[str]
     denoiser = next(iter(readers.values()))
     for name, entry in registry.entries.items():
         if not entry.verified:
-            yield f"{name} was loaded with strict=False and does not match this pipeline's text encoder"
-        if registry.mode != "map" and any(label.gate for label in entry.adapter.edit.labels):
+            yield f"{name} was loaded with strict=False and does not match this pipeline"
+        if registry.mode != "map" and any(row.gate for edit in entry.adapter.edits.values() for row in edit.labels):
             yield f"{name} has a gate, which exists only as a map: its {registry.mode} form is the linear part"
-        rows = entry.adapter.kind == "rows"
-        for space in family_of(denoiser).spaces.keys() - entry.adapter.edits.keys() if rows else ():
+        if entry.adapter.factors is not None:
+            others = len(registry.entries) > 1
+            yield f"{name} is factors, changes of the {next(iter(readers))}'s weights" + (
+                ": they only add up with what else is loaded, which is inexact" if others else ""
+            )
+            if any(reader.startswith("controlnet") for reader in readers):
+                yield f"{name} does not act on the ControlNet, which reads the prompt too"
+            continue
+        for space in family_of(denoiser).spaces.keys() - entry.adapter.edits.keys():
             yield f"{name} does not act on {space} states, which this model reads too: its concepts come through by them"
     if bare := sorted(readers.keys() - set(_attached(readers, registry))):
         yield f"not attached to {', '.join(bare)}: call enable_erasure() on this pipeline"
