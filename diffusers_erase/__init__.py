@@ -25,6 +25,7 @@ from .attach import (
 )
 from .erasing import erase
 from .errors import ConflictError, EraseError, MismatchError
+from .exporting import export_erased
 from .factors import Factors
 from .importing import import_erasure
 from .mixin import ErasureLoaderMixin, disable, enable
@@ -57,6 +58,7 @@ __all__ = [
     "erase",
     "erasing",
     "erasure_status",
+    "export_erased",
     "fuse_erasure",
     "get_active_erasures",
     "get_list_erasures",

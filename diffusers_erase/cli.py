@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import attach, status
+from . import attach, exporting, importing, status
 from .adapter import ErasureAdapter
 from .adapter import compose as compose_adapters
 from .edits import too_full
@@ -155,6 +155,47 @@ def load_check(
     pipe = _pipeline(model)
     attach.load_erasure(pipe, list(adapters))
     out.print(str(status.erasure_status(pipe)))
+
+
+@app.command("import")
+def import_(
+    model: Model,
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="UCE's or ESD's weights, or a LoRA (safetensors).")],
+    concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="What the file erases, in words.")],
+    folder: Out,
+    preserve: Preserve = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each layer's factors; else the tolerance decides.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Share of each layer's change that factors may lose.")] = 0.05,
+    multiplier: Annotated[float, typer.Option(help="Of a LoRA: 1, or what its tool erases with.")] = 1.0,
+    drop_biases: Annotated[bool, typer.Option(help="Leave changed biases out (ESD-x has some).")] = False,
+) -> None:
+    """Make an adapter of another eraser's FILE for MODEL, the base that it was made from."""
+    pipe = _pipeline(model)
+    adapter = importing.import_erasure(
+        pipe, source, concepts, preserve=preserve or (), rank=rank, tolerance=tolerance, multiplier=multiplier,
+        drop_biases=drop_biases,
+    )  # fmt: skip
+    _print_adapter(adapter)
+    told = adapter.recipes[0].options
+    out.print(
+        f"{adapter.kind} from {told['file']}: {told['error']:.2%} of the change of the weights is lost; not tested"
+    )
+    out.print(f"saved: {adapter.save_pretrained(folder, model=pipe)}")
+
+
+@app.command()
+def export(
+    model: Model,
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders or files.")],
+    folder: Out,
+    strength: Annotated[float, typer.Option(help="Strength of the erasures, 0 to 1.")] = 1.0,
+    linear: Annotated[bool, typer.Option(help="Write the linear part of gated erasures.")] = False,
+    unet_file: Annotated[bool, typer.Option(help="Write the UNet as one safetensors file too.")] = False,
+) -> None:
+    """Write MODEL with ADAPTER fused in as a plain diffusers folder, reload and probe it."""
+    pipe = _pipeline(model)
+    attach.load_erasure(pipe, list(adapters), strength=strength, mode="fused" if linear else "auto")
+    out.print(f"saved: {exporting.export_erased(pipe, folder, linear=linear, unet_file=unet_file)}")
 
 
 @app.command()

@@ -136,3 +136,37 @@ def test_another_base_is_refused(adapters, tokenizer, tmp_path):
     assert "width" in refused("load-check", str(tmp_path / "wide"), str(adapters / "cat"))
     make_pipe(tokenizer, seed=9).save_pretrained(tmp_path / "other")
     assert "encoder answers differently" in refused("load-check", str(tmp_path / "other"), str(adapters / "cat"))
+
+
+def test_another_tools_file_becomes_an_adapter(model, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(f"{model}/unet/diffusion_pytorch_model.safetensors")
+    state = {
+        k: w + 0.1 * torch.randn(w.shape)
+        for k, w in weights.items()
+        if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
+    save_file(state, tmp_path / "esd.safetensors")
+    done = run(
+        "import", model, str(tmp_path / "esd.safetensors"), "cat", "--rank", "2", "--out", str(tmp_path / "cat")
+    )
+    made = ErasureAdapter.from_pretrained(tmp_path / "cat")
+    assert made.kind == "factors" and made.concepts == ("cat",)
+    lost = made.recipes[0].options["error"]
+    assert f"{lost:.2%}" in done.output and "not tested" in done.output and lost > 0.1
+    assert "factors of 8 layers" in run("show", str(tmp_path / "cat")).output
+    assert "nothing to import" in refused(
+        "import", model, f"{model}/unet/diffusion_pytorch_model.safetensors", "cat", "--out", str(tmp_path / "none")
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def test_export_writes_a_plain_folder(model, adapters, tmp_path):
+    run("export", model, str(adapters / "cat"), "--unet-file", "--out", str(tmp_path / "plain"))
+    assert {"model_index.json", "erasures.json", "unet", "unet_erased.safetensors"} <= {
+        p.name for p in (tmp_path / "plain").iterdir()
+    }
+    assert "linear=True" in refused("export", model, str(adapters / "boat"), "--out", str(tmp_path / "gated"))
+    run("export", model, str(adapters / "boat"), "--linear", "--out", str(tmp_path / "gated"))

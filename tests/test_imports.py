@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_erase"
 READING_ORDER = [
     "version", "errors", "solve", "edits", "factors", "sites", "text", "targets", "task", "train", "methods",
     "hub", "adapter", "mapping", "fusing", "loras", "hook", "status", "attach", "serving", "mixin", "erasing",
-    "importing", "world", "bench", "cli",
+    "importing", "exporting", "world", "bench", "cli",
 ]
 # fmt: on
 """Modules and subpackages; `__init__`, the door, comes last."""
