@@ -335,7 +335,8 @@ def _named(encoder: Encoder, Y: Tensor, names: list[str], preserve: list[str]) -
 
 
 def _principal(found: SharedMap, noise: float, names: list[str], sha256: str) -> Edit:
-    """The fewest unit keys that give the map but for `noise`, on a pack of their own: they compose with nothing, since nobody knows their states."""
+    """The fewest unit keys that give the map but for `noise`, on a pack of their own: whose states they are is not known, so they
+    compose with nothing."""
     U, S, Vh = torch.linalg.svd(found.root @ found.map, full_matrices=False)
     left = S.square().flip(0).cumsum(0).flip(0).sqrt() / found.norm
     k = int((left > noise).sum())

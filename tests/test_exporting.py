@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from attaching import AGREE, adapter, all_bits, error, forward, look, style_lora
-from conftest import same_bits, sample
+from cases import PACK
+from conftest import make_sdxl, same_bits, sample
 from safetensors.torch import load_file
 from test_factors_attached import made
 
@@ -13,10 +14,12 @@ from diffusers_erase import (
     EraseError,
     ErasureLoaderMixin,
     disable_erasure,
+    erase,
     erasure_status,
     export_erased,
     fuse_erasure,
     load_erasure,
+    unload_erasure,
 )
 
 
@@ -115,6 +118,22 @@ def test_a_pipeline_of_ones_own_class_is_exported_as_diffusers(sd1, tmp_path):
     mine.load_erasure(adapter(sd1, "cat"))
     plain = DiffusionPipeline.from_pretrained(export_erased(mine, tmp_path / "plain"))
     assert type(plain) is StableDiffusionPipeline
+
+
+def test_sdxl(tokenizer, tokenizer_2, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    sdxl = make_sdxl(tokenizer, tokenizer_2)
+    load_erasure(sdxl, erase(sdxl, "cat", target="dog", pack=PACK), residual_max=None)
+    with pytest.raises(EraseError, match="answers otherwise"):  # a pad token that was set in memory reads otherwise from disk
+        export_erased(sdxl, tmp_path / "plain")
+    unload_erasure(sdxl)
+    sdxl = make_sdxl(tokenizer, tokenizer)
+    load_erasure(sdxl, erase(sdxl, "cat", target="dog", pack=PACK), residual_max=None, mode="fused")
+    drawn = sample(sdxl)
+    plain = DiffusionPipeline.from_pretrained(export_erased(sdxl, tmp_path / "plain"))
+    plain.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(plain), drawn)
 
 
 def test_bf16(sd1, tmp_path):

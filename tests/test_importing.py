@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from attaching import AGREE, adapter, all_bits, error, forward, style_lora
-from conftest import make_pipe, same_bits
+from conftest import make_pipe, same_bits, sample
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -17,6 +18,7 @@ from diffusers_erase import (
     MismatchError,
     compose,
     erase,
+    erasure_status,
     fuse_erasure,
     import_erasure,
     load_erasure,
@@ -120,6 +122,23 @@ def test_a_map_of_other_states_comes_back_as_principal_rows(pipe, tmp_path):
     assert error(forward(pipe), half) < IMPORTED
     with pytest.raises(ConflictError, match="base packs"):
         compose(found, adapter(pipe, "uce"))
+
+
+def test_uces_sdxl_files_leave_the_pooled_path(sdxl, tmp_path):
+    """They hold keys and values alone: the rows act on the text states, and the status says what comes through."""
+    asked = {"method": "uce", "target": "dog"}
+    made = erase(sdxl, "cat", **asked)
+    made = replace(made, edits={"text": made.edit}, recipes=(replace(made.recipes[0], effect=None),))
+    before = sample(sdxl)
+    load_erasure(sdxl, made, mode="fused")
+    save_file(matrices(sdxl.unet), tmp_path / "uce.safetensors")
+    after = sample(sdxl)
+    unload_erasure(sdxl)
+    found = import_erasure(sdxl, tmp_path / "uce.safetensors", "cat")
+    assert found.kind == "rows" and set(found.edits) == {"text"} and found.edit.labels[0].role == "subject"
+    load_erasure(sdxl, found)
+    assert error(sample(sdxl), after) < IMPORTED < error(after, before)
+    assert "pooled" in str(erasure_status(sdxl))
 
 
 @pytest.mark.parametrize(("dtype", "left"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
