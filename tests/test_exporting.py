@@ -41,7 +41,7 @@ def test_the_folder_is_plain_and_draws_the_same(pipe, tmp_path, form):
     assert all(same_bits(getattr(pipe, name), was) for name, was in bits.items())
     plain = StableDiffusionPipeline.from_pretrained(folder)
     plain.set_progress_bar_config(disable=True)
-    assert torch.equal(forward(plain), expected) and torch.equal(sample(plain), after) and error(after, before) > 0.01
+    assert error(forward(plain), expected) < AGREE and error(sample(plain), after) < 10 * AGREE < error(after, before)
     state = load_file(folder / "unet_erased.safetensors")
     assert state.keys() == plain.unet.state_dict().keys() and same_bits(plain.unet, state)
     told = json.loads((folder / "erasures.json").read_text("utf-8"))
@@ -49,7 +49,7 @@ def test_the_folder_is_plain_and_draws_the_same(pipe, tmp_path, form):
         "cat": adapter(pipe, "cat").digest,
         "van-gogh": adapter(pipe, "gogh").digest,
     }
-    assert told["probe_error"] == 0 and told["erasures"]["cat"]["strength"] == 1.0 and str(tmp_path) not in str(told)
+    assert told["probe_error"] < AGREE and told["erasures"]["cat"]["strength"] == 1.0 and str(tmp_path) not in str(told)
 
 
 def test_factors_are_exported_too(sd1, tmp_path):
@@ -58,7 +58,7 @@ def test_factors_are_exported_too(sd1, tmp_path):
     from diffusers import DiffusionPipeline
 
     plain = DiffusionPipeline.from_pretrained(export_erased(sd1, tmp_path / "plain"))
-    assert torch.equal(forward(plain), expected) and torch.equal(forward(sd1), expected)
+    assert error(forward(plain), expected) < AGREE and torch.equal(forward(sd1), expected)
     assert not (tmp_path / "plain" / "unet_erased.safetensors").exists()
     kinds = {
         e["kind"] for e in json.loads((tmp_path / "plain" / "erasures.json").read_text("utf-8"))["erasures"].values()
@@ -133,7 +133,7 @@ def test_sdxl(tokenizer, tokenizer_2, tmp_path):
     drawn = sample(sdxl)
     plain = DiffusionPipeline.from_pretrained(export_erased(sdxl, tmp_path / "plain"))
     plain.set_progress_bar_config(disable=True)
-    assert torch.equal(sample(plain), drawn)
+    assert error(sample(plain), drawn) < 10 * AGREE
 
 
 def test_bf16(sd1, tmp_path):
@@ -143,4 +143,4 @@ def test_bf16(sd1, tmp_path):
     load_erasure(sd1, adapter(sd1, "cat"), mode="fused")
     folder = export_erased(sd1, tmp_path / "plain")
     plain = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    assert same_bits(plain.unet, all_bits(sd1)["unet"]) and AGREE > 0
+    assert same_bits(plain.unet, all_bits(sd1)["unet"])
