@@ -37,7 +37,7 @@ def test_the_folder_is_plain_and_draws_the_same(pipe, tmp_path, form):
 
         unfuse_erasure(pipe)
     folder = export_erased(pipe, tmp_path / "plain", unet_file=True)
-    assert erasure_status(pipe).mode == form and look(pipe.unet) == looks and torch.equal(sample(pipe), drawn)
+    assert erasure_status(pipe).mode == form and look(pipe.unet) == looks and error(sample(pipe), drawn) < 10 * AGREE
     assert all(same_bits(getattr(pipe, name), was) for name, was in bits.items())
     plain = StableDiffusionPipeline.from_pretrained(folder)
     plain.set_progress_bar_config(disable=True)
