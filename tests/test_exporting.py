@@ -49,7 +49,9 @@ def test_the_folder_is_plain_and_draws_the_same(pipe, tmp_path, form):
         "cat": adapter(pipe, "cat").digest,
         "van-gogh": adapter(pipe, "gogh").digest,
     }
-    assert told["probe_error"] < AGREE and told["erasures"]["cat"]["strength"] == 1.0 and str(tmp_path) not in str(told)
+    assert (
+        told["probe_error"] < AGREE and told["erasures"]["cat"]["strength"] == 1.0 and str(tmp_path) not in str(told)
+    )
 
 
 def test_factors_are_exported_too(sd1, tmp_path):
@@ -125,7 +127,9 @@ def test_sdxl(tokenizer, tokenizer_2, tmp_path):
 
     sdxl = make_sdxl(tokenizer, tokenizer_2)
     load_erasure(sdxl, erase(sdxl, "cat", target="dog", pack=PACK), residual_max=None)
-    with pytest.raises(EraseError, match="answers otherwise"):  # a pad token that was set in memory reads otherwise from disk
+    with pytest.raises(
+        EraseError, match="answers otherwise"
+    ):  # a pad token that was set in memory reads otherwise from disk
         export_erased(sdxl, tmp_path / "plain")
     unload_erasure(sdxl)
     sdxl = make_sdxl(tokenizer, tokenizer)
