@@ -119,7 +119,7 @@ class ErasureAdapter:
         folder = hub.write_adapter(directory, self._tensors(), self._head())
         hub.write_text(folder / hub.CARD, self.card())
         if model is not None:
-            hub.write_tensors(folder / hub.LORA, self.to_lora(model), {"format": "pt"})
+            hub.write_tensors(folder / hub.LORA, self.to_lora(model), {"format": "pt", "erasure_twin": self.digest})
         return folder
 
     @classmethod
