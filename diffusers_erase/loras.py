@@ -47,7 +47,7 @@ def check(reader: Any) -> None:
     if not hasattr(reader, "load_lora_adapter"):
         raise EraseError(f"{type(reader).__name__} takes no LoRAs: keep the erasure as a map")
     for path, module in reader.named_modules():
-        if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        if hasattr(module, "lora_A") and (module.disable_adapters or module.merged):
             raise EraseError(
                 f"a LoRA is fused into or switched off at {path}: unfuse_lora() or enable_lora() first, or keep the erasure as a map"
             )
