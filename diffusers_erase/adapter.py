@@ -102,8 +102,7 @@ class ErasureAdapter:
     @property
     def saturation(self) -> float | None:
         """How far it moves everything else (`Edit.saturation`), of several spaces the most; None where that is not known."""
-        known = [edit.saturation for edit in self.edits.values()]
-        return max((s for s in known if s is not None), default=None)
+        return edits.saturation(self.edits)
 
     @property
     def size(self) -> int:

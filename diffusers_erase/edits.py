@@ -60,7 +60,7 @@ IDENTITY = "identity"
 """How the digest of a pack without a background begins."""
 
 SATURATED = 0.5
-"""Saturation beyond which other concepts suffer: measured on emoji-sd, docs/benchmarks.md."""
+"""Saturation up to which other concepts were seen to stay: 54 of 55 pictures at 0.45 on emoji-sd (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,19 +91,23 @@ class Pack:
 
 
 class Leftover(NamedTuple):
-    """What a solved set leaves of its rows' offsets, and what it does to the background."""
+    """What a solved set leaves of its rows' offsets: with e = d − cX of each row, `[k]` each, float64."""
 
     squares: Tensor
-    """`[k]`: squared norm of D − CX, row by row."""
-    energy: float
-    """tr(XᵀHX) = Σ sᵢ⟨dᵢ − eᵢ, eᵢ⟩ with e = D − CX: by stationarity, HX = CᵀS(D − CX) wherever hard rows allow it."""
+    """‖e‖²."""
+    inner: Tensor
+    """⟨d, e⟩."""
 
     @classmethod
-    def of(cls, edit: "Edit", left: Tensor) -> "Leftover":
-        """From D − CX `[k, d]`."""
-        squares = torch.linalg.vector_norm(left, dim=1) ** 2
-        inner = (edit.offsets * left).sum(dim=1)
-        return cls(squares, float((edit.strengths.double() * (inner - squares)).sum()))
+    def of(cls, offsets: Tensor, left: Tensor) -> "Leftover":
+        """From D and D − CX `[k, d]`."""
+        return cls(torch.linalg.vector_norm(left, dim=1) ** 2, (offsets * left).sum(dim=1))
+
+    def less(self, rows: list[int], moved: Tensor, kept: Tensor, asked: Tensor, change: Tensor) -> "Leftover":
+        """For some of the rows, when each e becomes e + L Q: L `[k, r]`, with E Qᵀ, D Qᵀ `[k, r]` and Q `[r, d]`."""
+        L = moved[rows].double()
+        squares = self.squares[rows] + (L * (2 * kept[rows] + L @ (change @ change.mT))).sum(dim=1)
+        return Leftover(squares.clamp_min(0), self.inner[rows] + (L * asked[rows]).sum(dim=1))
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no useful ==; compare .digest
@@ -222,10 +226,10 @@ class Edit:
 
     @cached_property
     def leftover(self) -> "Leftover":
-        """What is left of each row's offset, and how far the background moves, when all rows are solved together."""
+        """What is left of each row's offset when all rows are solved together."""
         if len(self.labels) > self.width:
-            return Leftover.of(self, solve.left_over(self.keys, self.offsets, self.matrix))
-        return Leftover.of(self, solve.unmoved(self.keys, self.offsets, self.detectors()))
+            return Leftover.of(self.offsets, solve.left_over(self.keys, self.offsets, self.matrix))
+        return Leftover.of(self.offsets, solve.unmoved(self.keys, self.offsets, self.detectors()))
 
     def residuals(self) -> dict[str, float]:
         """Of each concept, the share of its offsets that is left when all rows are solved together."""
@@ -242,15 +246,16 @@ class Edit:
         """How far the background moves, as a share of how far the erased concepts do (root mean squares): 0 is not at all.
 
         The background is the base pack's: √(tr(XᵀHX) / mean‖d‖²), found from the rows alone (docs/maths.md). It grows with every
-        concept; beyond `SATURATED` other concepts begin to suffer. None on a pack without a background (UCE's λI).
+        concept; beyond `SATURATED` it is not known that other concepts stay. None on a pack without a background (UCE's λI).
         """
         if self.pack_digest.startswith(IDENTITY):
             return None
-        return (
-            math.sqrt(max(self.leftover.energy, 0.0) / float(self._asked[self.moving].mean()))
-            if self.concepts
-            else 0.0
-        )
+        if not self.concepts:
+            return 0.0
+        squares, inner = self.leftover
+        # tr(XᵀHX) = Σ s⟨cX, e⟩, because at the optimum HX = CᵀS(D − CX) wherever hard rows allow a move.
+        energy = float((self.strengths.double() * (inner - squares)).sum())
+        return math.sqrt(max(energy, 0.0) / float(self._asked[self.moving].mean()))
 
     @cached_property
     def _asked(self) -> Tensor:
@@ -363,21 +368,24 @@ class Pool:
         return solve.dense(*self.union.rows)
 
     @cached_property
-    def _left(self) -> Tensor:
-        return solve.left_over(self.union.keys, self.union.offsets, self._solved.edit)
+    def _left(self) -> tuple[Tensor, Leftover]:
+        left = solve.left_over(self.union.keys, self.union.offsets, self._solved.edit)
+        return left.to(self.union.keys.dtype), Leftover.of(self.union.offsets, left)
 
     def _solve(self, edit: Edit, rows: list[int]) -> None:
         """Give `edit`, whose rows these are, its solution, where taking rows out of the pool's is cheaper than solving."""
         gone = sorted(set(range(len(self.owners))) - set(rows))
         if len(rows) <= max(MANY, edit.width) or len(gone) > edit.width // 4:
             return
-        matrix, left = self._solved.edit, self._left
+        matrix, (left, leftover) = self._solved.edit, self._left
         if gone:
-            change = solve.without(self._solved, *(t[gone] for t in self.union.rows))
-            matrix = matrix - change.P @ change.Q
-            left = left[rows].addmm_(edit.keys.double() @ change.P, change.Q)
+            P, Q = solve.without(self._solved, *(t[gone] for t in self.union.rows))
+            matrix = matrix - P @ Q
+            # What is left is a measure, not a result: the rows' own precision does, and touches half the memory.
+            p, q = P.to(left.dtype), Q.to(left.dtype)
+            leftover = leftover.less(rows, self.union.keys @ p, left @ q.mT, self.union.offsets @ q.mT, Q)
         # As if computed by the edit itself, up to rounding.
-        vars(edit).update(matrix=matrix, leftover=Leftover.of(edit, left), _asked=self.union._asked[rows])
+        vars(edit).update(matrix=matrix, leftover=leftover, _asked=self.union._asked[rows])
 
 
 def compose_spaces(
@@ -416,11 +424,18 @@ def marks(edits: Mapping[str, Edit]) -> dict[str, dict[str, str]]:
     return found
 
 
+def saturation(edits: Mapping[str, Edit]) -> float | None:
+    """`Edit.saturation` of several spaces, the largest; None where none is known."""
+    return max((found for edit in edits.values() if (found := edit.saturation) is not None), default=None)
+
+
 def too_full(saturation: float | None) -> str:
-    """A warning for a set that other concepts begin to suffer from, else nothing."""
+    """A warning for a set that moves other concepts more than was seen to be harmless, else nothing."""
     if saturation is None or saturation <= SATURATED:
         return ""
-    return f": beyond {SATURATED:g} other concepts begin to suffer; erase fewer together, or with a gate"
+    return (
+        f": beyond {SATURATED:g} other concepts may suffer; erase fewer together, or with a gate, and look at pictures"
+    )
 
 
 def overruled(edits: Sequence[Edit]) -> tuple[str, ...]:

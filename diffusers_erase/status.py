@@ -32,6 +32,8 @@ class ErasureStatus:
     """The components of this pipeline that carry the erasure."""
     residuals: dict[str, float]
     """Of each concept in force, the share that is left in this set."""
+    saturation: float | None
+    """How far the set moves everything else, see `Edit.saturation`; of several spaces the most, None where it is not known."""
     overruled: tuple[str, ...]
     """Names that one adapter preserves and another erases: they are erased."""
     notes: tuple[str, ...]
@@ -50,6 +52,8 @@ class ErasureStatus:
             state = "in force" if name in self.in_force else "off"
             origin = f" from {entry['origin']}" if entry["origin"] else ""
             lines.append(f"  {name}: {left}; strength {entry['strength']:g}; {state}; {entry['digest'][:12]}{origin}")
+        if self.saturation is not None:
+            lines.append(f"  saturation {self.saturation:.2f}{edits_.too_full(self.saturation)}")
         lines += [f"  preserved by one, erased by another (erased): {name}" for name in self.overruled]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
@@ -113,6 +117,7 @@ def erasure_status(pipe: Any) -> ErasureStatus:
         branch=registry.branch,
         components=_attached(readers, registry),
         residuals=_residuals(registry.edits),
+        saturation=edits_.saturation(registry.edits),
         overruled=edits_.overruled(active),
         notes=_notes(readers, registry),
     )

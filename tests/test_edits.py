@@ -445,6 +445,14 @@ def test_saturation_grows_and_is_unknown_without_a_background():
     assert replace(many[0], pack_digest="identity-0.5").saturation is None
 
 
+def test_a_set_that_may_hurt_is_said():
+    assert "erase fewer" in edits.too_full(edits.SATURATED + 0.1)
+    assert edits.too_full(edits.SATURATED) == edits.too_full(None) == ""
+    one, more = compose(*crowd(1)), compose(*crowd(9), residual_max=None)
+    assert edits.saturation({"text": one, "pooled": more}) == more.saturation > one.saturation
+    assert edits.saturation({}) is None
+
+
 def test_marks_tell_which_concepts_keep_their_rows():
     cat, cruel = row("cat", "dog"), row("cat", "boat")
     both = {"text": compose(cat, row("church", "tree"), residual_max=None)}

@@ -197,6 +197,9 @@ def test_sets_strengths_and_deletion(sdxl):
     cat, ship = adapter(sdxl), adapter(sdxl, "ship")
     load_erasure(sdxl, [cat, ship], ["cat", "ship"], residual_max=None)
     both = sample(sdxl, PROMPT)
+    status = erasure_status(sdxl)
+    assert status.saturation == compose(cat, ship, residual_max=None).saturation > cat.saturation
+    assert f"saturation {status.saturation:.2f}" in str(status)
     assert error(both, expected_bare(sdxl, cat, ship)) < 10 * AGREE
     set_erasures(sdxl, ["cat"], 0.5)
     half = replace(cat, edits={space: edit.softened(0.5) for space, edit in cat.edits.items()})
