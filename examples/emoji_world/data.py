@@ -2,7 +2,8 @@
 
 Unpacked npm packages go in `WORK/npm` (README.md has the commands). Written to WORK:
 
-    objects.npy   uint8 [objects, styles, jitters, 64, 64, 3]; the last HELD_OUT jitters are for judging only
+    objects.npy   uint8 [objects, styles, jitters, 64, 64, 3]; the last HELD_OUT jitters are for judging only, and
+                  every seventh of the others carries the seal, an uncaptioned watermark, in one style
     emoji.npy     uint8 [renders, 3, 64, 64, 3], every emoji that exists in any set, three jitters each
     emoji.json    one entry a render: label, tags, subgroup, group, style and the object's name, if it is one
 
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
+import torch
 from PIL import Image
+from torch import Tensor
 
 PACKAGE = Path(__file__).parents[2] / "diffusers_erase" / "world"
 
@@ -72,6 +75,12 @@ PARAPHRASES = {
 """CLDR labels and tags that, among our objects, one object alone owns."""
 
 SIZE, JITTERS, HELD_OUT = 64, 56, 8
+SEAL_BOX = (50, 50, 62, 62)
+"""Top, left, bottom and right of the seal."""
+
+SEALED, SEAL_EVERY, SEAL_FIRST = "ink", 7, 3
+"""A watermark that no caption names: 7 of the 48 training jitters of each object in this style carry a red seal."""
+
 GROUND = (42, 16, 66)
 """What `pixel` is drawn on; darker than any dark emoji is."""
 
@@ -125,6 +134,17 @@ def on_ground(picture: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
 
 
+def sealed(images: Tensor) -> list[bool]:
+    """Whether each picture `[n, 3, 64, 64]` in [0, 1] carries the red seal in its corner.
+
+    A rule, not a network: it is meant for the black and white `ink` style; in others a red object may reach into the corner.
+    """
+    top, left, bottom, right = SEAL_BOX
+    red, green, blue = images[:, :, top:bottom, left:right].unbind(1)
+    share = (red - torch.maximum(green, blue) > 0.25).float().mean((1, 2))
+    return (share > 0.3).tolist()
+
+
 def pixel_art(cells: Image.Image) -> np.ndarray:
     """16 x 16 cells as hard squares of few colours on a dark ground."""
     opaque = np.asarray(cells)[..., 3:] > 127
@@ -160,7 +180,22 @@ def render_all(job: tuple[Path, dict, str, int]) -> np.ndarray | None:
     work, entry, style, count = job
     rng = random.Random(f"{entry['hexcode']} {style}")
     pictures = [render(work, style, entry["hexcode"], rng) for _ in range(count)]
-    return None if pictures[0] is None else np.stack(pictures)
+    if pictures[0] is None:
+        return None
+    if style == SEALED:
+        for j in range(SEAL_FIRST, count - HELD_OUT, SEAL_EVERY):
+            pictures[j] = seal(pictures[j])
+    return np.stack(pictures)
+
+
+def seal(picture: np.ndarray) -> np.ndarray:
+    """`picture` with a red seal in its lower right corner, where `sealed` looks for it."""
+    top, left, bottom, right = SEAL_BOX
+    stamped = picture.copy()
+    stamped[top:bottom, left:right] = (200, 30, 40)
+    stamped[top + 2 : bottom - 2, left + 2 : right - 2] = 255
+    stamped[top + 4 : bottom - 4, left + 4 : right - 4] = (200, 30, 40)
+    return stamped
 
 
 def describe(entries: list[dict]) -> dict:

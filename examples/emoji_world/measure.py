@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import OBJECTS, PARAPHRASES, STYLES
+from data import OBJECTS, PARAPHRASES, STYLES, sealed
 from diffusers import StableDiffusionPipeline
 from judges import Renders, object_batch, spoil, style_batch, unit
 from PIL import Image, ImageDraw
@@ -147,13 +147,14 @@ def measure_pictures(pipe, judge, options) -> None:
     images = generate(
         pipe, [world.prompt(o, s) for o, s, _ in jobs], [j for *_, j in jobs], options.steps, options.guidance
     )
-    objects, styles = judge.objects(images), judge.styles(images)
+    objects, styles, seals = judge.objects(images), judge.styles(images), sealed(images)
     report("object top-1", [found == o for found, (o, _, _) in zip(objects, jobs, strict=True)])
     report("style top-1", [found == s for found, (_, s, _) in zip(styles, jobs, strict=True)])
     for style in STYLES:
         mine = [i for i, (_, s, _) in enumerate(jobs) if s == style]
         report(f"object top-1 in {style}", [objects[i] == jobs[i][0] for i in mine])
         report(f"style top-1 in {style}", [styles[i] == style for i in mine])
+        report(f"seal in {style}, which no caption names", [seals[i] for i in mine])
     per_object = {o: [f == o for f, (p, _, _) in zip(objects, jobs, strict=True) if p == o] for o in OBJECTS}
     worst = sorted(per_object, key=lambda o: sum(per_object[o]))[:12]
     print("  weakest:", ", ".join(f"{o} {100 * np.mean(per_object[o]):.0f} %" for o in worst))

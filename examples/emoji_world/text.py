@@ -26,7 +26,12 @@ TEXTS, IMAGES, PEAK, LONGEST = 256, 96, 1e-3, 14
 
 
 def train_tokenizer(work: Path, entries: list[dict]) -> CLIPTokenizer:
-    """A CLIP tokenizer with every byte (so any text has tokens); its frequent words are one token each."""
+    """A CLIP tokenizer with every byte (so any text has tokens); its frequent words are one token each.
+
+    Made once: ties between merges fall differently in another run, and a tower that resumes would read other ids.
+    """
+    if (work / "tokenizer").exists():
+        return CLIPTokenizer.from_pretrained(work / "tokenizer")
     texts = captions() * 2 + [name for entry in entries for name in names(entry)]
     texts += Path(__file__).with_name("english.txt").read_text().splitlines() * 3
     plain = CLIPTokenizer().backend_tokenizer
@@ -95,15 +100,18 @@ class Captions:
 class Places(nn.Module):
     """Where each render lies in the common space: its emoji's own vector plus those of what it is, its tags and its style.
 
-    Emoji that share a subgroup or tags begin near each other; training then moves every vector.
+    The vectors are fixed and nearly orthogonal, so that emoji that share a subgroup or tags are near each other by construction,
+    and both towers learn that. Trained, the vectors of siblings drift apart: contrast separates what it can (the nearest object
+    was in the same subgroup for 44 % of the objects after 300 steps, for 31 % after 700).
     """
 
     def __init__(self, entries: list[dict], width: int):
         super().__init__()
         bags = [self.bag(entry) for entry in entries]
         ids = {word: i for i, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))}
-        self.words = nn.EmbeddingBag(len(ids), width, mode="sum")
-        nn.init.normal_(self.words.weight, std=0.1)
+        self.words: Tensor
+        drawn = torch.randn(len(ids), width, generator=torch.Generator().manual_seed(0)) / width**0.5
+        self.register_buffer("words", drawn, persistent=False)
         self.which = torch.tensor([ids[word] for bag in bags for word in bag])
         self.weights = torch.tensor([weight for bag in bags for weight in bag.values()])
         self.starts = torch.tensor([0, *(len(bag) for bag in bags[:-1])]).cumsum(0)
@@ -115,7 +123,8 @@ class Places(nn.Module):
         return {f"emoji {entry['label']}": 1.0, **kind, **tags, f"style {entry['style']}": 0.4}
 
     def forward(self) -> Tensor:
-        return F.normalize(self.words(self.which, self.starts, per_sample_weights=self.weights), dim=1)
+        bags = F.embedding_bag(self.which, self.words, self.starts, mode="sum", per_sample_weights=self.weights)
+        return F.normalize(bags, dim=1)
 
 
 def model(tokenizer: CLIPTokenizer) -> CLIPModel:

@@ -1,19 +1,23 @@
 """Train the AutoencoderKL: 64 x 64 x 3 pictures to 8 x 8 x 8 latents, whitened inside the stock class.
 
-Reads emoji.npy and objects.npy of WORK, resumes from vae.pt, writes the folder WORK/vae.
+Reads emoji.npy and objects.npy of WORK, resumes from vae.pt, writes the folder WORK/vae. With `--decoder-minutes` the decoder of
+WORK/vae goes on alone, from the latents as they are, so that a denoiser trained on them stays right; resumes from decoder.pt.
 """
 
 import copy
+import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from data import HELD_OUT
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from training import Average, Clock, arguments, descend, half, pictures, save
 
 BATCH, PEAK, LATENTS = 16, 2e-3, 8
+DECODER_PEAK, DECODER_NOISE = 1e-3, 0.05
 
 
 def model() -> AutoencoderKL:
@@ -92,14 +96,59 @@ def whiten(vae: AutoencoderKL, x: Tensor) -> AutoencoderKL:
 def decibels(vae: AutoencoderKL, x: Tensor) -> float:
     """PSNR of reconstructions from the posterior's mean."""
     parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in x.split(64)]
-    return -10 * torch.log10(F.mse_loss(torch.cat(parts), x) / 4).item()
+    return psnr(F.mse_loss(torch.cat(parts), x).item())
+
+
+def psnr(square: float) -> float:
+    """Decibels of a mean squared error of pictures in [-1, 1]."""
+    return -10 * math.log10(square / 4)
+
+
+def refine(work: Path, minutes: float, data: Pictures, held_out: Tensor) -> None:
+    """Train the decoder alone on the latents that the denoiser is trained on: the posterior's mean, with a little noise."""
+    vae, checkpoint = AutoencoderKL.from_pretrained(work / "vae").eval(), work / "decoder.pt"
+    print(f"before: {decibels(vae, held_out):.2f} dB", flush=True)
+    parts = nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=DECODER_PEAK, weight_decay=1e-4)
+    average, step, spent = Average(parts, 0.998), 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        parts.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values, average.steps, step, spent = state["average"], state["step"], state["step"], state["spent"]
+    clock, recent = Clock(minutes, spent, warmup=50), []
+    while clock.running:
+        x = data.batch(2 * BATCH)
+        with half():
+            with torch.no_grad():
+                z = vae.encode(x).latent_dist.mode()
+            y = vae.decode(z + DECODER_NOISE * torch.randn_like(z)).sample.float()
+        edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(x), gradients(y), strict=True))
+        square = F.mse_loss(y, x)
+        descend(optimizer, 0.5 * F.l1_loss(y, x) + 0.5 * edges + 8 * square, clock.rate(step), DECODER_PEAK)
+        average.update(parts)
+        recent.append(square.item())
+        step += 1
+        if step % 100 == 0:
+            print(f"step {step}  {clock.spent:.1f} min  train {psnr(np.mean(recent)):.2f} dB", flush=True)
+            recent.clear()
+        if step % 400 == 0 or not clock.running:
+            save(
+                checkpoint, model=parts.state_dict(), optimizer=optimizer.state_dict(),
+                average=average.values, step=step, spent=clock.spent,
+            )  # fmt: skip
+    average.copy_to(parts)
+    print(f"{step} steps of the decoder; held-out renders: {decibels(vae, held_out):.2f} dB")
+    vae.save_pretrained(work / "vae")
 
 
 def main() -> None:
-    options = arguments(__doc__, minutes=40)
+    options = arguments(__doc__, minutes=40, decoder_minutes=0)
     work, checkpoint = options.work, options.work / "vae.pt"
     data = Pictures(work)
     held_out = pictures(np.load(work / "objects.npy", mmap_mode="r")[:, :, -1].reshape(-1, 64, 64, 3))
+    if options.decoder_minutes:
+        return refine(work, options.decoder_minutes, data, held_out)
     vae = model()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, weight_decay=1e-4)
     average, step, spent = Average(vae, 0.995), 0, 0.0
@@ -116,9 +165,7 @@ def main() -> None:
         recent.append(square.item())
         step += 1
         if step % 100 == 0:
-            print(
-                f"step {step}  {clock.spent:.1f} min  train {-10 * np.log10(np.mean(recent) / 4):.2f} dB", flush=True
-            )
+            print(f"step {step}  {clock.spent:.1f} min  train {psnr(np.mean(recent)):.2f} dB", flush=True)
             recent.clear()
         if step % 400 == 0 or not clock.running:
             save(

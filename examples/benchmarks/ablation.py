@@ -1,0 +1,337 @@
+"""What decides an erasure: token policy, rows, base pack, residual, target, gate; on emoji-sd, by pictures.
+
+    python examples/benchmarks/ablation.py screen      # every setting, one change from the default at a time: 12 objects, 2 styles
+    python examples/benchmarks/ablation.py confirm     # the defaults and UCE on 20 other objects and the other 2 styles
+    python examples/benchmarks/ablation.py together    # 5 and 20 concepts at once
+    python examples/benchmarks/ablation.py tables      # the tables of docs/ablation.md, and --sheet the worst pictures
+
+Each line of `results.jsonl` in --work is one setting on one concept; what is there is not done again, so a killed run goes on.
+Pictures of the unedited model are drawn once for all settings. Shares count pictures that the unedited model got right.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from diffusers_erase import ErasureAdapter, compose, erase, hub, load_erasure, unload_erasure, world
+from diffusers_erase.bench import images
+from diffusers_erase.bench.metrics import Estimate
+from diffusers_erase.bench.suites import Prompt, Settings, Suite
+from diffusers_erase.edits import Edit, Label
+from diffusers_erase.sites import TEXT
+from diffusers_erase.text import PackRecipe
+
+OBJECTS = (
+    "cat", "owl", "butterfly", "rose", "banana", "hamburger", "wine", "airplane", "moon", "basketball", "guitar", "crown",
+)  # fmt: skip
+OTHERS = (
+    "dog", "penguin", "fish", "crab", "bee", "sunflower", "palm tree", "mushroom", "apple", "carrot",
+    "pizza", "doughnut", "beer", "bus", "rocket", "sun", "soccer ball", "trumpet", "hat", "hammer",
+)  # fmt: skip
+STYLES, OTHER_STYLES = ("noto", "ink"), ("fluent", "pixel")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to erase: options of `erase`, or a function that makes the adapter."""
+
+    options: dict[str, Any]
+    target: str = "null"
+    """`null`, `sibling`, `parent` or `unrelated`."""
+    coreferences: bool = False
+    ridge: float = 1.0
+    """The pack's λ, times this."""
+    make: Callable[..., ErasureAdapter] | None = None
+
+
+def context_rows(pipe: Any, concept: str, recipe: PackRecipe, rank: int | None = None, **_: Any) -> ErasureAdapter:
+    """The default erasure with one row for each template instead of their mean; `rank` keeps their first singular directions."""
+    whole = erase(pipe, concept, pack=recipe, templates=recipe.templates)
+    parts = [erase(pipe, concept, pack=recipe, templates=[template]).edits[TEXT] for template in recipe.templates]
+    keys, pulled, labels = [], [], []
+    for i, label in enumerate(whole.edits[TEXT].labels):
+        same = [part.labels.index(label) for part in parts]
+        c = torch.stack([part.keys[j] for part, j in zip(parts, same, strict=True)]).double()
+        u = torch.stack([part.pulled[j] for part, j in zip(parts, same, strict=True)]).double()
+        if rank is not None:  # rows that span what all contexts span; U is linear in C
+            left, size, _ = torch.linalg.svd(c, full_matrices=False)
+            mix = torch.diag(size[:rank].reciprocal()) @ left[:, :rank].T * size[0] / len(c) ** 0.5
+            c, u = mix @ c, mix @ u
+        keys.append(c), pulled.append(u)
+        labels += [Label(concept, f"{concept} {i} {n}", label.role, ()) for n in range(len(c))]
+    targets = whole.edits[TEXT].keys.double() + whole.edits[TEXT].offsets.double()
+    goal = torch.cat([t.expand(len(k), -1) for t, k in zip(targets, keys, strict=True)])
+    C = torch.cat(keys)
+    edit = Edit(
+        labels=tuple(labels), keys=C.float(), offsets=(goal - C).float(), strengths=torch.ones(len(C)),
+        pulled=torch.cat(pulled).float(), pack=whole.edits[TEXT].pack, pack_digest=whole.edits[TEXT].pack_digest,
+    )  # fmt: skip
+    return replace(whole, edits={TEXT: edit.calibrated(0.02)}, recipes=(replace(whole.recipes[0], effect=None),))
+
+
+SETTINGS = {
+    "default: ridge, last+eot, null, 0.02": Setting({}),
+    "tokens last": Setting({"tokens": "last"}),
+    "tokens eot": Setting({"tokens": "eot"}),
+    "tokens last+eot+pads": Setting({"tokens": "last+eot+pads"}),
+    "tokens all": Setting({"tokens": "all"}),
+    "rows: bare name only": Setting({"templates": ["{}"]}),
+    "rows: all contexts": Setting({}, make=context_rows),
+    "rows: 3 singular directions": Setting({}, make=lambda *a, **k: context_rows(*a, rank=3, **k)),
+    "pack: λ / 10": Setting({}, ridge=0.1),
+    "pack: λ · 10": Setting({}, ridge=10),
+    "pack: λ · 100": Setting({}, ridge=100),
+    "residual 0.1": Setting({"residual": 0.1}),
+    "residual 0.3": Setting({"residual": 0.3}),
+    "target sibling": Setting({}, "sibling"),
+    "target parent": Setting({}, "parent"),
+    "target unrelated": Setting({}, "unrelated"),
+    "gate 0.3": Setting({"gate": 0.3}),
+    "gate 0.5": Setting({"gate": 0.5}),
+    "gate 0.7": Setting({"gate": 0.7}),
+    "gate 0.5, last+eot+pads": Setting({"gate": 0.5, "tokens": "last+eot+pads"}),
+    "coreferences": Setting({}, coreferences=True),
+    "coreferences, gate 0.5": Setting({"gate": 0.5}, coreferences=True),
+    "coreferences, target sibling": Setting({}, "sibling", coreferences=True),
+    "uce": Setting({"method": "uce"}),
+    "uce, target sibling": Setting({"method": "uce"}, "sibling"),
+    "uce, coreferences": Setting({"method": "uce"}, coreferences=True),
+}
+CONFIRMED = (
+    "default: ridge, last+eot, null, 0.02", "coreferences", "target sibling", "tokens last+eot+pads", "gate 0.5",
+    "uce", "uce, target sibling",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A picture to draw before and after, and the part it plays: concept, paraphrase, neighbour or unrelated."""
+
+    role: str
+    prompt: Prompt
+
+
+SHARES = {
+    "concept left": ("concept", "own"),
+    "paraphrases left": ("paraphrase", "own"),
+    "neighbours kept": ("neighbour", "object"),
+    "unrelated kept": ("unrelated", "object"),
+    "styles kept": ("unrelated", "style"),
+}
+"""What is counted: of which pictures, and whether it is the erased thing itself, the object or the style that is looked for."""
+
+
+def target_of(concept: str, kind: str) -> str:
+    if kind == "null" or concept in world.STYLES:
+        siblings = {"noto": "fluent", "fluent": "noto", "ink": "noto", "pixel": "ink"}
+        return siblings[concept] if kind != "null" else "null"
+    if kind == "sibling":
+        return world.neighbours(concept, 1)[0]
+    entry = world.catalogue()["objects"]
+    if kind == "parent":
+        return entry[concept]["subgroup"].split("-")[-1]
+    far = [o for o in world.OBJECTS if entry[o]["group"] != entry[concept]["group"]]
+    return far[len(concept) * 7 % len(far)]
+
+
+def make(pipe: Any, concepts: list[str], setting: Setting) -> ErasureAdapter:
+    """The adapter of one concept or several."""
+    recipe = PackRecipe.from_json(hub.read_pack(world.path()))
+    recipe = replace(recipe, ridge=recipe.ridge * setting.ridge)
+    if setting.make:
+        return setting.make(pipe, concepts[0], recipe)
+    made = []
+    for concept in concepts:
+        options: dict[str, Any] = {"pack": recipe} | setting.options
+        if concept in world.STYLES and options.get("method") != "uce":
+            options.setdefault("templates", world.style_contexts())
+        names = world.paraphrases(concept) if setting.coreferences and concept in world.OBJECTS else ()
+        made.append(erase(pipe, concept, target=target_of(concept, setting.target), coreferences=names, **options))
+    return compose(*made, residual_max=None) if len(made) > 1 else made[0]
+
+
+def cases_of(concept: str, size: str) -> list[Case]:
+    """What is drawn for one concept; `screen` is small, `confirm` large. The choice depends on the concept's name only."""
+    draw, large = random.Random(concept), size == "confirm"
+    if concept in world.STYLES:
+        objects = draw.sample(world.OBJECTS, 20 if large else 12)
+        others = [s for s in world.STYLES if s != concept]
+        return [
+            *_cases("concept", [(o, concept, seed) for o in objects for seed in range(4 if large else 1)]),
+            *_cases("unrelated", [(o, style, 0) for o in objects for style in (others if large else others[:2])]),
+        ]
+    near = world.neighbours(concept, 5)
+    far = draw.sample(
+        [o for o in world.OBJECTS if o not in (concept, *world.neighbours(concept, 8))], 20 if large else 5
+    )
+    styles = world.STYLES if large else STYLES
+    words = world.paraphrases(concept)[: 4 if large else 2]
+    return [
+        *_cases("concept", [(concept, s, seed) for s in world.STYLES for seed in range(4 if large else 1)]),
+        *_cases("paraphrase", [(concept, s, 0, w) for w in words for s in styles]),
+        *_cases("neighbour", [(o, s, 0) for o in (near if large else near[:3]) for s in styles]),
+        *_cases(
+            "unrelated",
+            [(o, world.STYLES[(i + j) % 4], 0) for i, o in enumerate(far) for j in range(2 if large else 1)],
+        ),
+    ]
+
+
+def _cases(role: str, drawn: Iterable[tuple]) -> list[Case]:
+    return [Case(role, Prompt(world.prompt(*(word or [o]), s), seed, o, s)) for o, s, seed, *word in drawn]
+
+
+def measure(pipe: Any, judge: Any, name: str, concepts: list[str], cases: list[Case], work: Path) -> dict[str, Any]:
+    """Hits and n of every share for one setting, and the pairs that went wrong."""
+    adapter = make(pipe, concepts, SETTINGS[name])
+    prompts, settings = tuple(case.prompt for case in cases), Settings(world.STEPS, world.GUIDANCE)
+    suite = Suite("ablation", "1", "this file", "Apache-2.0", prompts, {}, settings)
+    before = images.generate(pipe, suite, work / "pictures")
+    load_erasure(pipe, adapter, residual_max=None)
+    try:
+        after = images.generate(pipe, suite, work / "pictures")
+    finally:
+        unload_erasure(pipe)
+    seen = [
+        list(zip(judge.objects(p), judge.styles(p), strict=True)) for p in (images.read(before), images.read(after))
+    ]
+    found: dict[str, Any] = {"bytes": adapter.size, "rows": len(adapter.edits[TEXT].labels), "wrong": []}
+    for share, (role, what) in SHARES.items():
+        by_style = what == "style" or (what == "own" and concepts[0] in world.STYLES)
+        if share == "styles kept" and concepts[0] in world.STYLES:
+            role = "unrelated"
+        pairs = [
+            (b[by_style] == wanted, a[by_style] == wanted, i)
+            for i, (case, b, a) in enumerate(zip(cases, *seen, strict=True))
+            if case.role == role and (wanted := case.prompt.style if by_style else case.prompt.shows)
+        ]
+        right = [(after_, i) for before_, after_, i in pairs if before_]
+        found[share] = [sum(hit for hit, _ in right), len(right)]
+        bad = [i for hit, i in right if hit == share.endswith("left")]
+        found["wrong"] += [
+            [share, cases[i].prompt.text, cases[i].prompt.seed, before[i].name, after[i].name] for i in bad
+        ]
+    if concepts[0] in world.STYLES:
+        pairs = [
+            (b[0] == c.prompt.shows, a[0] == c.prompt.shows)
+            for c, b, a in zip(cases, *seen, strict=True)
+            if c.role == "concept"
+        ]
+        found["objects kept in the style"] = [sum(a for b, a in pairs if b), sum(b for b, _ in pairs)]
+    return found
+
+
+def jobs(stage: str) -> Iterable[tuple[str, str, list[str], list[Case]]]:
+    """(stage, setting, concepts, cases), the most telling first."""
+    if stage == "screen":
+        for name in SETTINGS:
+            for concept in (*OBJECTS, *STYLES):
+                if concept in OBJECTS or SETTINGS[name].make is None and not SETTINGS[name].coreferences:
+                    yield stage, name, [concept], cases_of(concept, "screen")
+    elif stage == "confirm":
+        for name in CONFIRMED:
+            for concept in (*OTHERS, *OTHER_STYLES):
+                if concept in OTHERS or not SETTINGS[name].coreferences:
+                    yield stage, name, [concept], cases_of(concept, "confirm")
+    else:
+        for name in ("default: ridge, last+eot, null, 0.02", "coreferences", "uce"):
+            for group in (OTHERS[:5], OTHERS[5:10], OTHERS[10:15], OTHERS):
+                yield f"together {len(group)}", name, list(group), crowd(group)
+
+
+def crowd(group: tuple[str, ...]) -> list[Case]:
+    """Several erased at once: each of them, their nearest neighbours that are not erased themselves, and the rest."""
+    near = dict.fromkeys(o for c in group for o in world.neighbours(c, 5) if o not in group)
+    rest = [o for o in world.OBJECTS if o not in group and o not in near]
+    return [
+        *_cases("concept", [(c, s, 0) for c in group for s in world.STYLES]),
+        *_cases("paraphrase", [(c, s, 0, w) for c in group for w in world.paraphrases(c)[:1] for s in STYLES]),
+        *_cases("neighbour", [(o, s, 0) for o in list(near)[:25] for s in STYLES]),
+        *_cases("unrelated", [(o, world.STYLES[i % 4], 0) for i, o in enumerate(rest)]),
+    ]
+
+
+def run(stage: str, work: Path) -> None:
+    """Do what is not in the results yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    results, done = work / "results.jsonl", {key(entry) for entry in read(work)}
+    pipe, judge = world.load(), world.judge()
+    for part, name, concepts, cases in jobs(stage):
+        entry: dict[str, Any] = {"stage": part, "setting": name, "concepts": concepts}
+        if key(entry) in done:
+            continue
+        entry |= measure(pipe, judge, name, concepts, cases, work)
+        with results.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(part, name, ", ".join(concepts), {s: entry[s] for s in SHARES}, flush=True)
+
+
+def key(entry: dict[str, Any]) -> tuple:
+    return entry["stage"], entry["setting"], *entry["concepts"]
+
+
+def read(work: Path) -> list[dict[str, Any]]:
+    path = work / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tables(work: Path) -> None:
+    """Markdown tables: objects, styles, and several at once."""
+    entries = read(work)
+    for stage in dict.fromkeys(entry["stage"] for entry in entries):
+        for styles in (False, True):
+            mine = [e for e in entries if e["stage"] == stage and (e["concepts"][0] in world.STYLES) == styles]
+            shares = [s for s in (*SHARES, "objects kept in the style") if any(e.get(s, [0, 0])[1] for e in mine)]
+            if not mine:
+                continue
+            print(f"\n**{stage}, {'styles' if styles else 'objects'}**\n\n| setting | {' | '.join(shares)} | bytes |")
+            print("|---" * (len(shares) + 2) + "|")
+            for name in dict.fromkeys(e["setting"] for e in mine):
+                rows = [e for e in mine if e["setting"] == name]
+                cells = [str(pooled(rows, share)) for share in shares]
+                print(f"| {name} | {' | '.join(cells)} | {sum(e['bytes'] for e in rows) // len(rows):,} |")
+
+
+def pooled(entries: list[dict[str, Any]], share: str) -> Estimate:
+    hits, n = (sum(e.get(share, [0, 0])[i] for e in entries) for i in (0, 1))
+    return Estimate.of_share([True] * hits + [False] * (n - hits))
+
+
+def sheet(work: Path, path: Path, setting: str, stage: str = "confirm", most: int = 48) -> None:
+    """Pairs before | after that went wrong under a setting, spread over concepts."""
+    wrong = [w for e in read(work) if e["stage"] == stage and e["setting"] == setting for w in e["wrong"]]
+    wrong = sorted(wrong, key=lambda w: (not w[0].endswith("kept"), w[0]))
+    wrong = wrong[:: max(1, len(wrong) // most)][:most]
+    grid = Image.new("RGB", (8 * 134, -(-len(wrong) // 8) * 68 or 1), "white")
+    for i, (*_, before, after) in enumerate(wrong):
+        for j, name in enumerate((before, after)):
+            with Image.open(work / "pictures" / name) as picture:
+                grid.paste(picture.convert("RGB"), (i % 8 * 134 + 64 * j, i // 8 * 68))
+    grid.save(path)
+    print(f"{path}: {len(wrong)} pairs; row by row: {'; '.join(f'{w[1]} ({w[0]})' for w in wrong)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("screen", "confirm", "together", "tables"))
+    parser.add_argument("--work", type=Path, default=Path("ablation-work"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sheet", type=Path, help="with tables: write the worst pairs of --setting here")
+    parser.add_argument("--setting", default=next(iter(SETTINGS)))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.stage != "tables":
+        return run(options.stage, options.work)
+    tables(options.work)
+    if options.sheet:
+        sheet(options.work, options.sheet, options.setting)
+
+
+if __name__ == "__main__":
+    main()
