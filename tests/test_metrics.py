@@ -1,7 +1,6 @@
 """Metrics against their definitions, worked examples and scipy; partial sums merge exactly; intervals hold what they should."""
 
 import itertools
-import json
 import math
 import random
 
@@ -21,7 +20,7 @@ PAIRS = st.lists(st.tuples(st.sampled_from(["cat", "dog", ""]), LABELS, LABELS),
 
 
 def same(a, b):
-    return json.dumps(a.to_json()) == json.dumps(b.to_json())
+    return repr(a) == repr(b)  # NaN is not equal to itself
 
 
 class TestShare:
@@ -56,7 +55,6 @@ class TestShare:
         e = Estimate.of_share([None, None])
         assert math.isnan(e.value) and (e.low, e.high, e.n, e.coverage, e.bounds) == (0.0, 1.0, 0, 0.0, (0.0, 1.0))
         assert str(e) == "no answers" and str(Estimate.of_share([])) == "no pictures"
-        assert e.to_json()["value"] is None and json.dumps(e.to_json(), allow_nan=False)
 
     @given(ANSWERS, ANSWERS, ANSWERS)
     def test_shards_add_up_to_the_whole(self, a, b, c):

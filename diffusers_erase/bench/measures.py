@@ -2,7 +2,7 @@
 
 Like judges they own their networks and preprocessing, are recorded with a digest, and answer NaN where they fail.
 
-    changes(emoji_distance(), before, after)            # {"perceptual distance, ...": Estimate}: pictures, or their files
+    emoji_distance()(before, after)                     # how far each pair lies apart, [n]
 """
 
 import logging
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import hub, world
-from ..adapter import ErasureAdapter
 from ..errors import EraseError
-from ..mapping import EmbeddingMap
-from ..sites import POOLED, TEXT
-from ..text import Encoder
-from . import distances
-from .metrics import Estimate, Mean, clustered, paired_bootstrap
 from .networks import Classifier, Clip, Picture, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -44,10 +38,6 @@ class Measure:
     """Batches of pictures (and of what belongs to each: texts, or second pictures) to a tensor `[n]` or `[n, d]`."""
     settings: Mapping[str, Any]
     batch: int = 32
-    of: Literal["text", "pair", "set"] = "text"
-    """What belongs to a picture: its text, the other picture of its pair, or (features) the set that it is in."""
-    distances: tuple[str, ...] = ("KID", "FID")
-    """How sets of features are compared."""
 
     def __call__(self, images: Sequence[Picture | Path], *beside: Sequence[Any]) -> Tensor:
         """`[n]` or `[n, d]`, float32; NaN is unknown. Files are opened a batch at a time."""
@@ -57,9 +47,7 @@ class Measure:
         starts = range(0, len(columns[0]), self.batch)
         parts = [part for i in starts for part in self._rows([c[i : i + self.batch] for c in columns])]
         width = next((part.shape for part in parts if part is not None), torch.Size())
-        return torch.stack(
-            [torch.full(width, math.nan) if part is None else part for part in parts or [torch.zeros(0)]]
-        )
+        return torch.stack([torch.full(width, math.nan) if part is None else part for part in parts])
 
     def to_json(self) -> dict[str, Any]:
         """Name and settings: what the report says of it."""
@@ -82,69 +70,6 @@ class Measure:
             logger.warning("%s could not measure a picture: %s", self.name, error)
             return [None]
         return [row.float() if bool(row.isfinite().all()) else None for row in rows]
-
-
-def changes(
-    measure: Measure,
-    before: Sequence[Picture | Path],
-    after: Sequence[Picture | Path],
-    texts: Sequence[str] = (),
-    clean: Sequence[str] = (),
-    concepts: Sequence[str] | None = None,
-) -> dict[str, Estimate]:
-    """What `measure` says of an erasure: pictures before and after, pair by pair with the same prompt and seed.
-
-    Args:
-        texts: the prompts, for a CLIP score; "" leaves a picture out.
-        clean: the same without the concept (Six-CD's dual version), for the in-prompt CLIP score; "" leaves a picture out.
-        concepts: what each picture shows; intervals are by concept where given.
-
-    Returns:
-        By name: for a score of texts its mean before, after and the change; for a score of pairs its mean; for features the
-        distances between the sets. A Fréchet distance only where there are more pictures than features.
-    """
-    if measure.of == "pair":
-        return {measure.name: _by_concept(measure(before, after).tolist(), concepts)}
-    if measure.of == "set":
-        first, second = measure(before), measure(after)
-        enough = int((first.isfinite().all(1) & second.isfinite().all(1)).sum()) > first.shape[1]
-        told = [name for name in measure.distances if enough or name != "FID"]
-        return {f"{name}, {measure.name}": DISTANCES[name](first, second, concepts) for name in told}
-    found = {}
-    for title, asked in ((measure.name, texts), (f"in-prompt {measure.name}", clean)):
-        at = [i for i, text in enumerate(asked) if text]
-        if at:
-            was, is_ = (measure([p[i] for i in at], [asked[i] for i in at]).tolist() for p in (before, after))
-            names = None if concepts is None else [concepts[i] for i in at]
-            found |= {f"{title}, before": _by_concept(was, names), f"{title}, after": _by_concept(is_, names)}
-            found[f"{title}, change"] = paired_bootstrap(was, is_, names).difference
-    return found
-
-
-DISTANCES = {"KID": distances.kid, "FID": distances.fid, "CMMD": distances.cmmd}
-
-
-def null_drift(pipe: Any, adapter: ErasureAdapter) -> dict[str, float]:
-    """How far an erasure moves the states of the empty prompt, in each space: ‖(T − I)e_∅‖ / ‖e_∅‖. Nothing is drawn.
-
-    The empty prompt is half of every guided step: what moves it moves every picture.
-    """
-    empty = Encoder(pipe).encode([""])
-    given = {TEXT: empty.rows, POOLED: empty.pooled}
-    return {
-        space: distances.drift(states, EmbeddingMap(adapter.edits[space])(states))
-        for space, states in given.items()
-        if space in adapter.edits and states is not None
-    }
-
-
-def _by_concept(scores: Sequence[float], concepts: Sequence[str] | None) -> Estimate:
-    if concepts is None:
-        return Mean.of(scores).estimate()
-    listed: dict[str, list[float]] = {}
-    for score, name in zip(scores, concepts, strict=True):
-        listed.setdefault(name, []).append(score)
-    return clustered({name: (Mean.of(own),) for name, own in listed.items()}, Mean.estimate)
 
 
 def _opened(item: Any) -> Any:
@@ -178,21 +103,19 @@ def emoji_features(*, batch: int = 256) -> Measure:
     def look(images: list[Picture]) -> Tensor:
         return _outputs(network, [len(network) - 2], as_tensor(images))[0]
 
-    return Measure("emoji-sd's judge of objects, last layer", look, {"weights": weights_digest(network)}, batch, "set")
+    return Measure("emoji-sd's judge of objects, last layer", look, {"weights": weights_digest(network)}, batch)
 
 
 def clip_features(folder: str | Path, *, batch: int = 32, device: str | torch.device = "cpu") -> Measure:
     """CLIP's image rows, which CMMD compares (2401.09603; its authors use ViT-L/14 at 336 pixels)."""
     network = Clip(folder, device)
-    return Measure(
-        f"CLIP {network.folder.name}", network.images, network.to_json(), batch, "set", ("CMMD", "KID", "FID")
-    )
+    return Measure(f"CLIP {network.folder.name}", network.images, network.to_json(), batch)
 
 
 def classifier_features(folder: str | Path, *, batch: int = 32, device: str | torch.device = "cpu") -> Measure:
     """What the head of an image classifier of transformers reads."""
     network = Classifier(folder, device)
-    return Measure(f"classifier {network.folder.name}, last layer", network.features, network.to_json(), batch, "set")
+    return Measure(f"classifier {network.folder.name}, last layer", network.features, network.to_json(), batch)
 
 
 def emoji_distance(*, batch: int = 128) -> Measure:
@@ -208,7 +131,7 @@ def emoji_distance(*, batch: int = 128) -> Measure:
         return perceptual_distance(a, b)
 
     name = "perceptual distance, emoji-sd's judge of objects"
-    return Measure(name, look, {"weights": weights_digest(network)}, batch, "pair")
+    return Measure(name, look, {"weights": weights_digest(network)}, batch)
 
 
 def lpips(
@@ -240,7 +163,7 @@ def lpips(
         return perceptual_distance(a, b, weights).cpu()
 
     settings = {"weights": weights_digest(network), "heads": hub.digest([w.tolist() for w in weights])}
-    return Measure("LPIPS 0.1, AlexNet", look, settings, batch, "pair")
+    return Measure("LPIPS 0.1, AlexNet", look, settings, batch)
 
 
 def perceptual_distance(first: Sequence[Tensor], second: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
