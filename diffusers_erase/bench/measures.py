@@ -47,7 +47,8 @@ class Measure:
         starts = range(0, len(columns[0]), self.batch)
         parts = [part for i in starts for part in self._rows([c[i : i + self.batch] for c in columns])]
         width = next((part.shape for part in parts if part is not None), torch.Size())
-        return torch.stack([torch.full(width, math.nan) if part is None else part for part in parts])
+        rows = [torch.full(width, math.nan) if part is None else part for part in parts]
+        return torch.stack(rows) if rows else torch.zeros(0)
 
     def to_json(self) -> dict[str, Any]:
         """Name and settings: what the report says of it."""
