@@ -11,13 +11,14 @@ pictures `diffusers_erase.bench`.
 """
 
 from . import world
-from .adapter import ErasureAdapter, compose
+from .adapter import ErasureAdapter, compose, sign_erasure
 from .attach import (
     delete_erasures,
     disable_erasure,
     enable_erasure,
     fuse_erasure,
     load_erasure,
+    lock_erasures,
     save_erasure,
     set_erasures,
     unfuse_erasure,
@@ -64,10 +65,12 @@ __all__ = [
     "get_list_erasures",
     "import_erasure",
     "load_erasure",
+    "lock_erasures",
     "method",
     "release_policy",
     "save_erasure",
     "set_erasures",
+    "sign_erasure",
     "unfuse_erasure",
     "unload_erasure",
     "world",

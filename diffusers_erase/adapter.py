@@ -6,15 +6,16 @@ holds `Factors` instead of rows: they have the last two forms.
 """
 
 import re
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import edits, factors, hub
+from . import card, edits, factors, hub, signing
 from .edits import Edit, Label
 from .errors import ConflictError, EraseError, MismatchError
 from .factors import Factors, Pair
@@ -44,6 +45,14 @@ class Recipe:
     """Share of the way to its target that the bare name goes under these rows alone: measured again at every load. None
     where composing has changed the concept's rows (two recipes for it, or a followed chain)."""
 
+    @property
+    def row(self) -> tuple[str, ...]:
+        """What `card.COLUMNS` says of this concept, in words."""
+        target = " + ".join(self.targets) or "the empty prompt"
+        measured = [(self.residual, "g"), (self.effect, ".3f")]
+        numbers = ("not measured" if value is None else format(value, form) for value, form in measured)
+        return self.concept, target, self.method, self.tokens, *numbers
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Recipe":
         recipe = cls(**data)
@@ -70,6 +79,8 @@ class ErasureAdapter:
     """What it was read from, a repository's commit included; None for one that was made here. No part of the digest."""
     factors: Factors | None = None
     """Changes of single layers; an adapter that has them has no rows."""
+    readme: str = field(default="", repr=False)
+    """The card that lay beside it: what people wrote on it goes on to where the adapter is saved. No part of the digest."""
 
     def __post_init__(self):
         if self.factors is not None and self.edits:
@@ -109,17 +120,79 @@ class ErasureAdapter:
         """Bytes of the rows or factors."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
-    def save_pretrained(self, directory: str | Path, *, model: Any = None) -> Path:
-        """Write the adapter folder: `erasure.safetensors`, `erasure_config.json`, `README.md`.
+    @property
+    def name(self) -> str:
+        """A short name made from the concepts, for files and for the list of what is loaded."""
+        return re.sub(r"[^a-z0-9]+", "-", "-".join(self.concepts).lower()).strip("-")[:60].rstrip("-") or "erasure"
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        model: Any = None,
+        report: str | Path | Mapping[str, Any] | None = None,
+        images: Mapping[str, Any] | None = None,
+        license: str | None = None,
+    ) -> Path:
+        """Write the adapter folder: `erasure.safetensors`, `erasure_config.json` and `README.md`, its card.
+
+        A card that is there, or came with this adapter, is carried on: its fields and what somebody wrote are never lost.
 
         Args:
-            model: a pipeline or its UNet; given one, the LoRA twin for it is written too (`pytorch_lora_weights.safetensors`).
+            model: a pipeline or its UNet; given one, the LoRA twins for it are written too, `pytorch_lora_weights.safetensors` and
+                `<name>_kohya.safetensors`.
+            report: the folder of an evaluation of this adapter, or its `report.json` as a file or a dict: goes into the card.
+            images: prompt to picture (PIL, or an image file): shown on the card.
+            license: of this adapter, as the Hub writes it (`"mit"`).
         """
-        folder = hub.write_adapter(directory, self._tensors(), self._head())
-        hub.write_text(folder / hub.CARD, self.card())
-        if model is not None:
-            hub.write_tensors(folder / hub.LORA, self.to_lora(model), {"format": "pt", "erasure_twin": self.digest})
-        return folder
+        return self._save(directory, model, report, images, license, None)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        model: Any = None,
+        report: str | Path | Mapping[str, Any] | None = None,
+        images: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+    ) -> hub.Origin:
+        """Save and upload in one commit; the repository is made if there is none. Returns where it is now, commit included.
+
+        The card of the repository is carried on as `save_pretrained` does. Twins of an earlier adapter are deleted.
+
+        Args:
+            model, report, images, license: see `save_pretrained`.
+            parent_commit: what the branch must still be at; by default what it was at when its card was read.
+            private, token, revision, subfolder, create_pr, commit_message: as everywhere in huggingface_hub.
+
+        Raises:
+            EraseError: no such branch, no right to write, or somebody else pushed in the meantime; nothing was changed.
+
+        Example:
+            >>> adapter.push_to_hub("user/erase-van-gogh", model=pipe, license="mit").commit
+            '91c54ad1727ee830252e457677f467be0bfd8a57'
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(folder, model, report, images, license, repository)
+            return push(
+                folder,
+                repository,
+                license=license,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                subfolder=subfolder,
+                create_pr=create_pr,
+                parent_commit=parent_commit,
+            )
 
     @classmethod
     def from_pretrained(
@@ -131,6 +204,7 @@ class ErasureAdapter:
         subfolder: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        public_key: str | Path | None = None,
     ) -> "ErasureAdapter":
         """The adapter in a folder, a file or a repository, checked: format, shapes, finite values, labels, digest.
 
@@ -138,6 +212,7 @@ class ErasureAdapter:
             source: a folder or file, or else a repository on the Hub: `"user/repo"`, `"user/repo@revision"`.
             revision, token, subfolder, cache_dir, local_files_only: as everywhere in huggingface_hub. All files come from
                 the one commit that `revision` is now; `origin` of the adapter says which.
+            public_key: PEM file of the key whose holder must have signed the adapter (`sign_erasure`).
 
         Raises:
             EraseError: it is not there, or not what it says it is.
@@ -153,10 +228,15 @@ class ErasureAdapter:
             subfolder=subfolder,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            signed=public_key is not None,
         )
         tensors, head = hub.read_adapter(path)
+        if public_key is not None:
+            signing.verify(path, head, public_key)
         try:
-            adapter = replace(cls._from_parts(tensors, head), origin=origin)
+            adapter = replace(
+                cls._from_parts(tensors, head), origin=origin, readme=hub.read_text(path.parent / hub.CARD)
+            )
             digest = adapter.digest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, EraseError):
@@ -201,31 +281,48 @@ class ErasureAdapter:
             }
         return state
 
-    def card(self) -> str:
-        """The model card: what was erased, how, and what was not tested."""
-        known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.base_model)  # a repository, not somebody's folder
-        base = f"base_model: {self.base_model}\nbase_model_relation: adapter\n" if known else ""
-        rows = "\n".join(
-            f"| {r.concept} | {' + '.join(r.targets) or 'empty prompt'} | {r.method} | {r.tokens} | "
-            f"{_number(r.residual, 'g')} | {_number(r.effect, '.3f')} |"
-            for r in self.recipes
-        )
-        return _CARD.format(
-            base=base,
-            names=", ".join(self.concepts),
-            rows=rows,
-            attaching=_ATTACHING[self.kind],
-            composing=_COMPOSING[self.kind],
-            imported="".join(_imported(r) for r in self.recipes if r.method == "import"),
+    def card(self, **about: Any) -> str:
+        """The model card: what was erased, how, and what was not tested. `about`: see `card.new`."""
+        return card.new(
+            [recipe.row for recipe in self.recipes],
+            kind=self.kind,
             content=self._content(),
             digest=self.digest,
+            base_model=self.base_model,
+            **{"files": (), "repository": None, "report": None, "pictures": {}, "license": None} | about,
         )
 
     def _content(self) -> str:
+        """What the adapter holds and where it is from, in a few sentences for the card."""
+        imported = [_imported(recipe) for recipe in self.recipes if recipe.method == "import"]
         if self.factors is not None:
-            return f"Factors of {len(self.factors.pairs)} layers: {self.size} bytes."
+            return " ".join([f"Factors of {len(self.factors.pairs)} layers: {self.size} bytes.", *imported])
         preserved = ", ".join(self.edit.preserved) or "none by name"
-        return f"Preserved: {preserved}. Base pack: {self.edit.pack}. Rows: {self.size} bytes."
+        gated = [card.GATED] if any(label.gate for label in self.edit.labels) else []
+        rows = f"Preserved: {preserved}. Base pack: {self.edit.pack}. Rows: {self.size} bytes."
+        return " ".join([rows, *gated, *imported])
+
+    def _save(
+        self,
+        directory: str | Path,
+        model: Any,
+        report: str | Path | Mapping[str, Any] | None,
+        images: Mapping[str, Any] | None,
+        license: str | None,
+        repository: str | None,
+    ) -> Path:
+        """See `save_pretrained`; `repository` is where the card says that the adapter will be."""
+        facts = report if report is None or isinstance(report, Mapping) else hub.read_report(report)
+        twins = {}
+        if model is not None:
+            twins = {hub.LORA: self.to_lora(model), f"{self.name}{hub.KOHYA}": self.to_kohya(model)}
+        old = hub.read_text(Path(directory, hub.CARD)) or (card.carried(self.readme) if self.readme else "")
+        card.merge(old, self.card(report=facts))  # whatever is wrong with them is said before anything is written
+        folder = hub.write_adapter(directory, self._tensors(), self._head(), twins)
+        about = {"pictures": hub.write_pictures(folder, images or {}), "files": tuple(hub.folder_files(folder))}
+        text = self.card(report=facts, license=license, repository=repository, **about)
+        hub.write_text(folder / hub.CARD, card.merge(old, text, license))
+        return folder
 
     def _twin(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """A `[r, in]` and B `[o, r]` of every layer, float32, contiguous, one rank r for all; of rows B = W Dᵀ at every site."""
@@ -342,6 +439,65 @@ def compose(*adapters: ErasureAdapter, chains: str = "error", residual_max: floa
     )
 
 
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    license: str | None = None,
+    commit_message: str | None = None,
+    **where: Any,
+) -> hub.Origin:
+    """Check a saved adapter folder and upload it as it is: rows, card, twins, pictures, signature. See `push_to_hub`."""
+    adapter = ErasureAdapter.from_pretrained(folder)
+    return hub.upload(
+        folder,
+        repository,
+        lambda there: card.merge(there, adapter.readme or adapter.card(), license),
+        message=commit_message or f"Erasure: {', '.join(adapter.concepts)}",
+        **where,
+    )
+
+
+def pull(
+    source: str,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    public_key: str | Path | None = None,
+) -> ErasureAdapter:
+    """Check an adapter on the Hub, then copy its whole folder. Arguments as in `ErasureAdapter.from_pretrained`."""
+    where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    adapter = ErasureAdapter.from_pretrained(
+        source, revision=revision, subfolder=subfolder, public_key=public_key, **where
+    )
+    assert adapter.origin is not None
+    hub.download(adapter.origin, directory, **where)
+    return adapter
+
+
+def sign_erasure(folder: str | Path, private_key: str | Path, password: str | None = None) -> Path:
+    """Check a saved adapter folder and sign it: writes `erasure.sig` beside its file. Needs `diffusers-erase[sign]`.
+
+    Args:
+        private_key: PEM file of an Ed25519 key, as `openssl genpkey -algorithm ed25519` makes it.
+
+    Raises:
+        EraseError: no such key, or not its password.
+        MismatchError: the adapter in the folder is damaged.
+
+    Example:
+        >>> sign_erasure("erase-van-gogh", "key.pem")
+        >>> load_erasure(pipe, "erase-van-gogh", public_key="key.pub.pem")
+    """
+    ErasureAdapter.from_pretrained(Path(folder))
+    path, _ = hub.locate(Path(folder))
+    return signing.sign(path, hub.read_adapter(path)[1], private_key, password)
+
+
 def _denoiser(model: Any) -> nn.Module:
     return model if isinstance(model, nn.Module) else next(iter(text_readers(model).values()))
 
@@ -396,49 +552,9 @@ def lora_pair(weight: Tensor, edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
     return A.float(), B.float()
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not measured" if value is None else format(value, form)
-
-
 def _imported(recipe: Recipe) -> str:
     told = recipe.options
     return (
-        f"\n{recipe.concept} was imported from `{told['file']}` (sha256 `{told['sha256']}`); {told['error']:.2%} of the change of the "
-        f"weights was lost on the way.\n"
+        f"{recipe.concept} was imported from `{told['file']}` (sha256 `{told['sha256']}`); {told['error']:.2%} of the change of the "
+        f"weights was lost on the way."
     )
-
-
-_ATTACHING = {
-    "rows": "Attach it to any Stable Diffusion pipeline with the same text encoder:",
-    "factors": "It changes the weights of one base model. Attach it to pipelines of that model; it is fused into them:",
-}
-_COMPOSING = {
-    "rows": "Attached by this package, several erasures are solved together, exactly. Their LoRA twins only add up, which is not the same.",
-    "factors": "Factors of several erasures, and their LoRA twins, only add up: each was made as if the others were not there.",
-}
-
-_CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-{base}tags: [text-to-image, diffusers, concept-erasure, erasure]
----
-# Erasure: {names}
-
-A suppression of: {names}. {attaching}
-
-```python
-from diffusers_erase import load_erasure
-
-load_erasure(pipe, "this folder or repository")
-```
-
-| concept | sent to | method | tokens | residual | effect on the bare name |
-|---|---|---|---|---|---|
-{rows}
-{imported}
-{content} Digest: `{digest}`.
-{composing}
-
-**Not tested by making this file:** images, paraphrases, attacks, other languages. This is guidance away from a concept by its
-name, not a removal of knowledge from the weights: image prompts, inpainting, textual inversion and tuning can bring it back.
-"""

@@ -6,7 +6,6 @@ the user's own. Every change is computed whole before anything is touched.
 """
 
 import functools
-import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +23,7 @@ from .errors import EraseError, MismatchError
 from .factors import Factors, add
 from .fusing import Change, Kept
 from .hook import OPENED, Attachment, Entry, PerCall, Registry, Rules, check_text_side, check_twins, follows
+from .lock import Requested, gather, write_lock
 from .mapping import EmbeddingMap, effect
 from .sites import ATTRIBUTE, Layer, check_fusable, layer, matrix, text_readers, unwrapped, widths
 from .status import registry_of
@@ -68,12 +68,13 @@ def load_erasure(
     subfolder: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    public_key: str | Path | None = None,
 ) -> None:
     """Attach erasures to `pipe`; everything that is checked is checked before anything changes.
 
     Args:
-        source: a folder, a file, a repository on the Hub (`"user/repo"`, `"user/repo@revision"`), an `ErasureAdapter`, or a list
-            of them.
+        source: a folder, a file, a repository on the Hub (`"user/repo"`, `"user/repo@revision"`), an `ErasureAdapter`, a lock file
+            (`"erasures.lock"`, which has its own names and strengths), or a list of them.
         adapter_name: name, or one for each source; by default made from the concepts.
         strength: 1 is the adapter's own residual r; w gives the residual 1 − w(1 − r).
         mode: form of all erasures on the pipe. `"map"`; `"fused"` into plain floating weights; `"lora"`, beside the user's LoRAs
@@ -85,7 +86,7 @@ def load_erasure(
         allow_text_changes: accept that the text side changes later (a text-encoder LoRA, textual inversion, another encoder),
             which otherwise makes the next picture raise.
         chains, residual_max: see `compose`.
-        revision, token, subfolder, cache_dir, local_files_only: for every source, see `ErasureAdapter.from_pretrained`.
+        revision, token, subfolder, cache_dir, local_files_only, public_key: for every source, see `ErasureAdapter.from_pretrained`.
 
     Raises:
         EraseError: and nothing is attached.
@@ -101,25 +102,25 @@ def load_erasure(
     ):
         if given not in known:
             raise EraseError(f"{name} is one of {', '.join(map(repr, known))}: got {given!r}")
-    _check_strengths([strength])
     readers = text_readers(pipe)
     registry = registry_of(readers) or Registry()
-    sources = list(source) if isinstance(source, (list, tuple)) else [source]
-    where = {"revision": revision, "token": token, "subfolder": subfolder, "cache_dir": cache_dir}
-    where["local_files_only"] = local_files_only
-    adapters = [s if isinstance(s, ErasureAdapter) else ErasureAdapter.from_pretrained(s, **where) for s in sources]
-    if not adapters:
+    where: dict[str, Any] = {"revision": revision, "token": token, "subfolder": subfolder, "cache_dir": cache_dir}
+    where |= {"local_files_only": local_files_only, "public_key": public_key}
+    requested = gather(source, strength, **where)
+    if not requested:
         raise EraseError(
             "no erasure given: expected a folder, a file, a repository, an ErasureAdapter, or a list of them"
         )
-    names = _names(adapters, adapter_name, registry.entries)
+    adapters = [one.adapter for one in requested]
+    _check_strengths(one.strength for one in requested)
+    names = _names(requested, adapter_name, registry.entries)
     for adapter in adapters:
         _check_width(adapter, readers)
         _check_base(adapter, readers, same=False)
     if mode == "auto":
         mode = _form(registry, adapters)
     passed, side = _verify(pipe, adapters, strict)
-    entries = {n: Entry(a, strength, True, ok) for n, a, ok in zip(names, adapters, passed, strict=True)}
+    entries = {n: Entry(r.adapter, r.strength, True, ok) for n, r, ok in zip(names, requested, passed, strict=True)}
     if registry.entries and branch not in (None, registry.branch):
         raise EraseError(
             f"the erasures on this pipeline act on branch={registry.branch!r}, which is one for all: unload_erasure() first"
@@ -209,6 +210,23 @@ def save_erasure(pipe: Any, directory: str | Path, adapter_name: str | None = No
         raise EraseError("no erasure is in force: name the one to save, or enable_erasure() first")
     adapters = (registry.entries[n].adapter for n in names)
     return compose(*adapters, chains=registry.rules.chains, residual_max=None).save_pretrained(directory)
+
+
+def lock_erasures(pipe: Any, path: str | Path = "erasures.lock") -> Path:
+    """Write down exactly which erasures are in force: place, commit, digest, strength. `load_erasure(pipe, path)` holds to it.
+
+    Raises:
+        EraseError: nothing is in force, or an erasure was made here and never loaded from a place.
+
+    Example:
+        >>> load_erasure(pipe, ["user/erase-van-gogh", "user/erase-monet"])
+        >>> lock_erasures(pipe)
+    """
+    registry = loaded(pipe)
+    entries = {name: registry.entries[name] for name in registry.in_force}
+    if not entries:
+        raise EraseError("no erasure is in force: load what is to be locked, or enable_erasure() first")
+    return write_lock(path, [Requested(entry.adapter, entry.strength, name) for name, entry in entries.items()])
 
 
 class _Restored:
@@ -452,15 +470,16 @@ def _check_strengths(strengths: Iterable[float]) -> None:
             )
 
 
-def _names(adapters: list[ErasureAdapter], given: str | Sequence[str] | None, taken: dict[str, Entry]) -> list[str]:
+def _names(requested: list[Requested], given: str | Sequence[str] | None, taken: dict[str, Entry]) -> list[str]:
+    if given is not None and any(one.name for one in requested):
+        raise EraseError("a lock file names its erasures: load it without adapter_name")
     names = [given] if isinstance(given, str) else list(given or [])
     if given is None:
-        for adapter in adapters:
-            stem = re.sub(r"[^a-z0-9]+", "-", "-".join(adapter.concepts).lower()).strip("-") or "erasure"
-            free = (f"{stem}{n}" for n in ["", *(f"-{i}" for i in range(2, 10_000))])
-            names.append(next(n for n in free if n not in taken and n not in names))
-    if len(names) != len(adapters) or len(set(names)) != len(names):
-        raise EraseError(f"{len(adapters)} erasures need as many different names: got {names}")
+        for one in requested:
+            free = (f"{one.adapter.name}{n}" for n in ["", *(f"-{i}" for i in range(2, 10_000))])
+            names.append(one.name or next(n for n in free if n not in taken and n not in names))
+    if len(names) != len(requested) or len(set(names)) != len(names):
+        raise EraseError(f"{len(requested)} erasures need as many different names: got {names}")
     for name in names:
         if name in taken:
             raise EraseError(

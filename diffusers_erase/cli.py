@@ -17,15 +17,21 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import attach, exporting, importing, status
-from .adapter import ErasureAdapter
+from .adapter import ErasureAdapter, sign_erasure
 from .adapter import compose as compose_adapters
+from .adapter import pull as pull_adapter
+from .adapter import push as push_adapter
+from .card import COLUMNS
 from .edits import too_full
 from .erasing import erase as erase_concepts
 from .errors import EraseError
+from .lock import gather, write_lock
 from .task import METHODS
 
 EMBEDDED = "emoji-sd"
 """What the command line calls the embedded model, wherever it takes a model."""
+
+ADAPTER = "An adapter folder or file, or a repository on the Hub: user/name, user/name@revision."
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -69,6 +75,7 @@ Gate = Annotated[
 Residual = Annotated[
     float | None, typer.Option(help="Share of the concept that is left, such as 0.02 (strong) or 0.3 (mild).")
 ]
+Key = Annotated[Path | None, typer.Option(help="Demand a signature by this public key (PEM).")]
 Tokens = Annotated[str | None, typer.Option(help="Rows to edit: last, name, eot, pads, joined by +; all.")]
 
 
@@ -101,7 +108,7 @@ def erase(
 def generate(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
-    adapter: Annotated[list[Path] | None, typer.Option(help="An erasure to attach; repeat for more.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="An erasure to attach; repeat for more.")] = None,
     strength: Annotated[float, typer.Option(help="Strength of the erasures, 0 to 1.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next one's is one more.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the model's own.")] = None,
@@ -129,14 +136,14 @@ def generate(
 
 
 @app.command()
-def show(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder or file.")]) -> None:
+def show(adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help=ADAPTER)]) -> None:
     """Say what ADAPTER erases, and how it was made."""
     _print_adapter(ErasureAdapter.from_pretrained(adapter))
 
 
 @app.command()
 def compose(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders or files.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=ADAPTER)],
     folder: Out,
     chains: Annotated[str, typer.Option(help="A target that is erased itself: 'error', or 'follow' it.")] = "error",
 ) -> None:
@@ -149,11 +156,12 @@ def compose(
 @app.command("load-check")
 def load_check(
     model: Model,
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders or files.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=ADAPTER)],
+    key: Key = None,
 ) -> None:
     """Attach ADAPTER to MODEL, all checks on, and say what is in force. Exit code 2 where it does not fit."""
     pipe = _pipeline(model)
-    attach.load_erasure(pipe, list(adapters))
+    attach.load_erasure(pipe, list(adapters), public_key=key)
     out.print(str(status.erasure_status(pipe)))
 
 
@@ -424,6 +432,72 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A saved adapter folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="Where to: user/name.")],
+    report: Annotated[Path | None, typer.Option(help="Folder of its evaluation: goes into the card.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="PROMPT=FILE", help="A picture for the card; repeat for more.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the adapter, as the Hub writes it: mit.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository, if there is none.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; by default main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Upload ADAPTER to the Hub. The token is that of `hf auth login`, or HF_TOKEN."""
+    images = {prompt: file for prompt, _, file in (pair.rpartition("=") for pair in image or ())}
+    if report or images or license:
+        ErasureAdapter.from_pretrained(folder).save_pretrained(folder, report=report, images=images, license=license)
+    done = push_adapter(
+        folder,
+        repository,
+        license=license,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+    )
+    out.print(f"pushed: {done}")
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(metavar="REPOSITORY", help="user/name, or user/name@revision.")],
+    folder: Out,
+    subfolder: Annotated[str | None, typer.Option(help="Where in the repository.")] = None,
+    key: Key = None,
+) -> None:
+    """Check an adapter on the Hub and copy it, with card, twins and pictures."""
+    adapter = pull_adapter(source, folder, subfolder=subfolder, public_key=key)
+    _print_adapter(adapter)
+    out.print(f"pulled: {adapter.origin} to {folder}")
+
+
+@app.command()
+def lock(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=ADAPTER)],
+    file: Annotated[Path, typer.Option("--out", metavar="FILE", help="Lock file to write.")] = Path("erasures.lock"),
+    strength: Annotated[float, typer.Option(min=0, max=1, help="Strength of these erasures.")] = 1.0,
+    key: Key = None,
+) -> None:
+    """Pin ADAPTERs in a lock file: place, commit, digest, strength. load-check and generate take the file for an ADAPTER."""
+    requested = gather(adapters, strength, public_key=key)
+    compose_adapters(*(one.adapter for one in requested))  # a set that cannot be loaded is not locked either
+    out.print(f"locked: {len(requested)} erasures in {write_lock(file, requested)}")
+
+
+@app.command()
+def sign(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A saved adapter folder.")],
+    key: Annotated[Path, typer.Option(help="PEM file of the private Ed25519 key.")],
+    password: Annotated[str | None, typer.Option(envvar="ERASURE_KEY_PASSWORD", help="Of the key.")] = None,
+) -> None:
+    """Sign ADAPTER: writes erasure.sig beside it."""
+    out.print(f"signed: {sign_erasure(adapter, key, password)}")
+
+
 def _pipeline(model: str) -> Any:
     """The pipeline in a diffusers folder, or the embedded one."""
     if model != EMBEDDED and not Path(model).is_dir():
@@ -455,16 +529,9 @@ def _default(model: str, setting: str, other: float) -> Any:
 
 
 def _print_adapter(adapter: ErasureAdapter) -> None:
-    table = Table("concept", "sent to", "method", "tokens", "residual", "effect on the name", box=None, pad_edge=False)
-    for r in adapter.recipes:
-        table.add_row(
-            r.concept,
-            " + ".join(r.targets) or "the empty prompt",
-            r.method,
-            r.tokens,
-            "not measured" if r.residual is None else f"{r.residual:g}",
-            "not measured" if r.effect is None else f"{r.effect:.3f}",
-        )
+    table = Table(*COLUMNS, box=None, pad_edge=False)
+    for recipe in adapter.recipes:
+        table.add_row(*recipe.row)
     out.print(table)
     if adapter.factors is not None:
         facts = f"factors of {len(adapter.factors.pairs)} layers, {adapter.size:,} bytes"

@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+import yaml  # comes with huggingface_hub, whose cards are YAML and text
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,6 +27,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +41,12 @@ CARD = "README.md"
 LORA = "pytorch_lora_weights.safetensors"
 PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+KOHYA = "_kohya.safetensors"
+"""How the name of the twin for kohya's programs ends."""
+SIGNATURE = "erasure.sig"
+IMAGES = "images"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+REPORT = "report.json"
 PACK = "erasure_pack.json"
 """A model folder that holds this file brings its own base pack."""
 
@@ -44,8 +54,13 @@ FORMAT = 1
 MAX_BYTES = 512 * 2**20
 """Adapters are kilobytes; a file larger than this is not one."""
 
+MAX_HEAD = 32 * 2**20
+"""Largest header of a file: labels and recipes of some ten thousand concepts."""
+
 REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 """A repository on the Hub, and perhaps a branch, tag or commit of it: `user/repo`, `user/repo@revision`."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -67,22 +82,64 @@ def canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+def readable(data: Any) -> str:
+    """JSON for people: sorted keys, indented."""
+    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def digest(data: Any) -> str:
     """sha256 of the canonical JSON of `data`."""
     return hashlib.sha256(canonical(data).encode()).hexdigest()
 
 
-def write_adapter(directory: str | Path, tensors: Mapping[str, Tensor], head: dict[str, Any]) -> Path:
-    """Write an adapter folder; each file appears whole or not at all."""
+def write_adapter(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    head: dict[str, Any],
+    twins: Mapping[str, Mapping[str, Tensor]],
+) -> Path:
+    """Write an adapter folder, with LoRA twins by file name; each file appears whole or not at all.
+
+    Twins and a signature that lie there stay only if they are of this very adapter.
+    """
     folder = Path(directory)
     if folder.is_file():
         raise EraseError(f"{folder} is a file: expected a folder to save the adapter in")
     folder.mkdir(parents=True, exist_ok=True)
     head = {"format": FORMAT} | head
     head["checksum"] = digest(head)
+    before = _head_of(folder / WEIGHTS)
+    for path in folder.iterdir():
+        twin = path.name == LORA or path.name.endswith(KOHYA)
+        if (twin and (twins or before.get("digest") != head["digest"])) or (
+            path.name == SIGNATURE and before.get("checksum") != head["checksum"]
+        ):
+            path.unlink()
     write_tensors(folder / WEIGHTS, tensors, {"erasure": canonical(head)})
-    write_text(folder / CONFIG, json.dumps(head, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(folder / CONFIG, readable(head))
+    for name, state in twins.items():
+        write_tensors(folder / name, state, {"erasure_twin": head["digest"]})  # one key: several have no fixed order
     return folder
+
+
+def write_pictures(directory: str | Path, pictures: Mapping[str, Any]) -> dict[str, str]:
+    """Put pictures (PIL, or image files) into `images/` of an adapter folder; prompt to path in the folder.
+
+    Raises:
+        EraseError: a file is not there, or no picture that a card can show.
+    """
+    paths = {}
+    for prompt, picture in pictures.items():
+        suffix = ".png" if hasattr(picture, "save") else Path(picture).suffix.lower()
+        if suffix not in PICTURES or not (hasattr(picture, "save") or Path(picture).is_file()):
+            raise EraseError(f"no picture at {picture}: expected a file with one of {', '.join(PICTURES)}")
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+        paths[prompt] = f"{IMAGES}/{name}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}{suffix}"
+    for prompt, picture in pictures.items():
+        path = Path(directory, paths[prompt])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path) if hasattr(picture, "save") else shutil.copyfile(picture, path)
+    return paths
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -91,9 +148,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     _write(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata)))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> Path:
     """A text file, moved into place when complete."""
     _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    return path
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -109,10 +167,12 @@ def locate(
     subfolder: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    signed: bool = False,
 ) -> tuple[Path, Origin]:
     """The adapter file behind `source`, and where exactly it comes from. A folder or file of this name comes before the Hub.
 
-    From a repository its head in JSON and its card are fetched too, all from the one commit that `revision` is now.
+    From a repository its head in JSON, its card and, if `signed`, its signature are fetched too, all from the one commit that
+    `revision` is now.
 
     Raises:
         EraseError: nothing there, or no way to it.
@@ -149,10 +209,89 @@ def locate(
     with plain_errors(repository, revision or named, below):
         path = fetch(WEIGHTS, revision or named)
         commit = path.parents[len(PurePosixPath(below).parts)].name  # the cache keeps one folder for each commit
-        for companion in (CONFIG, CARD):
+        for companion in (CONFIG, CARD, SIGNATURE) if signed else (CONFIG, CARD):
             with contextlib.suppress(EntryNotFoundError):  # the file alone suffices
                 fetch(companion, commit)
     return path, Origin(repository, commit, below)
+
+
+def upload(
+    directory: str | Path,
+    repository: str,
+    card: Callable[[str], str],
+    *,
+    message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    create_pr: bool = False,
+    parent_commit: str | None = None,
+) -> Origin:
+    """Upload an adapter folder in one commit, with `card(the card that is there)` as its card. Foreign files stay at home.
+
+    Twins and a signature in the repository that are not in the folder belong to another adapter: they are deleted.
+    """
+    if not (match := REPOSITORY.fullmatch(repository)) or match["revision"]:
+        raise EraseError(f"a repository on the Hub is called user/name: got {repository!r}")
+    below = _inside(subfolder)
+    files = {"/".join(filter(None, [below, name])): path for name, path in folder_files(directory).items()}
+    own = f"{below}/{CARD}".lstrip("/")
+    with plain_errors(repository, revision):
+        api = HfApi(token=token)
+        api.create_repo(repository, private=private, exist_ok=True)
+        info = api.model_info(repository, revision=revision)
+        there = [f.rfilename for f in info.siblings or ()]
+        old = ""
+        if own in there:
+            old = Path(api.hf_hub_download(repository, own, revision=info.sha)).read_text(encoding="utf-8")
+        changes: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items() if name != own]
+        changes.append(CommitOperationAdd(own, card(old).encode()))
+        changes += [CommitOperationDelete(name) for name in there if name not in files and _replaced(name, below)]
+        done = api.create_commit(
+            repository,
+            changes,
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent_commit or info.sha,
+        )
+    return Origin(repository, done.oid, below)
+
+
+def download(origin: Origin, directory: str | Path, **where: Any) -> None:
+    """Copy the adapter folder of a repository at one commit: rows, card, twins, pictures, signature.
+
+    Raises:
+        EraseError: it is not of the Hub, or something is in `directory` already.
+    """
+    folder = Path(directory)
+    if origin.commit is None:
+        raise EraseError(f"{origin} is on this machine already: expected a repository's id (user/repo)")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise EraseError(f"{folder} is there already: expected a new folder for the adapter")
+    known = [WEIGHTS, CONFIG, CARD, LORA, f"*{KOHYA}", SIGNATURE, *(f"{IMAGES}/*{kind}" for kind in PICTURES)]
+    wanted = [f"{origin.subfolder}/{name}".lstrip("/") for name in known]
+    with plain_errors(origin.source, origin.commit, origin.subfolder):
+        root = snapshot_download(origin.source, revision=origin.commit, allow_patterns=wanted, **where)
+    for name, file in folder_files(Path(root, origin.subfolder)).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
+
+
+def folder_files(directory: str | Path) -> dict[str, Path]:
+    """What of a folder belongs to its adapter: name in the folder to path."""
+    folder = Path(directory)
+    found = [folder / name for name in (WEIGHTS, CONFIG, CARD, LORA, SIGNATURE)]
+    found += sorted(folder.glob(f"*{KOHYA}"))
+    found += sorted(p for p in folder.glob(f"{IMAGES}/*") if p.suffix.lower() in PICTURES)
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+
+
+def _replaced(name: str, below: str) -> bool:
+    """Whether a file of a repository goes with the adapter that is being replaced."""
+    path = PurePosixPath(name)
+    return path.parent == PurePosixPath(below) and (path.name in (LORA, SIGNATURE) or path.name.endswith(KOHYA))
 
 
 @contextlib.contextmanager
@@ -182,6 +321,8 @@ def plain_errors(repository: str, revision: str | None = None, subfolder: str = 
             )
         elif isinstance(error, EntryNotFoundError):
             said = f"{repository}{at} holds no {f'{subfolder}/' if subfolder else ''}{WEIGHTS}: it is not an erasure, or lacks a subfolder="
+        elif status == 412:
+            said = f"{repository} has changed in the meantime: look at its newest commit and push again"
         elif status in (401, 403):
             said = f"the Hub does not let this token touch {repository} ({first}): pass a token= that may"
         else:
@@ -206,12 +347,15 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise MismatchError(f"{path} has {size} bytes, an adapter at most {MAX_BYTES}: this is not an erasure")
+    _check_header(path)
     tensors, metadata = read_tensors(path)
-    head = _json(metadata.get("erasure", "null"), path)
+    head = _json(text := metadata.get("erasure", "null"), path)
     if not isinstance(head, dict):
         raise MismatchError(
             f"{path} has no erasure in its metadata: expected a file written by save_pretrained of an ErasureAdapter"
         )
+    if text != canonical(head):
+        raise MismatchError(f"the head of {path} is not as it was written: fetch or save the adapter again")
     if head.get("format") != FORMAT:
         raise MismatchError(
             f"{path} has format {head.get('format')!r}, this version reads {FORMAT}: install the diffusers-erase that wrote it"
@@ -219,11 +363,28 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if head.get("checksum") != digest({key: value for key, value in head.items() if key != "checksum"}):
         raise MismatchError(f"the head of {path} was changed after it was saved: fetch or save the adapter again")
     config = path.parent / CONFIG
-    if path.name == WEIGHTS and config.is_file() and _json(config.read_bytes(), config) != head:
+    if path.name == WEIGHTS and config.is_file() and read_json(config) != head:
         raise MismatchError(
             f"{config} describes another adapter than the {path.name} beside it: fetch or save the folder again"
         )
     return tensors, head
+
+
+def read_card(text: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a model card."""
+    match = REGEX_YAML_BLOCK.search(text)
+    try:
+        fields = yaml.safe_load(match[2]) if match else {}
+    except yaml.YAMLError as error:
+        raise EraseError(f"the card's metadata is not YAML ({' '.join(str(error).split())}): mend {CARD}") from error
+    if not isinstance(fields, dict | None):
+        raise EraseError(f"the card's metadata is a {type(fields).__name__}, expected fields with values: mend {CARD}")
+    return fields or {}, text[match.end() :] if match else text
+
+
+def card_text(fields: Mapping[str, Any], text: str) -> str:
+    """A model card of metadata and text."""
+    return f"---\n{yaml_dump(dict(fields), sort_keys=False)}---\n{text}"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -241,13 +402,48 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise MismatchError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
 
 
+def read_text(path: Path) -> str:
+    """A text file for people, such as a card; empty where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def read_json(path: Path) -> Any:
+    """The data of a JSON file.
+
+    Raises:
+        MismatchError: it is not JSON, or larger than any that is written here.
+    """
+    if (size := path.stat().st_size) > MAX_HEAD:
+        raise MismatchError(f"{path} has {size} bytes of JSON, expected at most {MAX_HEAD}: this is another file")
+    return _json(path.read_bytes(), path)
+
+
+def read_key(path: str | Path) -> bytes:
+    """The bytes of a key file."""
+    if not os.path.isfile(path):
+        raise EraseError(f"no key at {path}: expected a PEM file")
+    return Path(path).read_bytes()
+
+
+def read_report(source: str | Path) -> dict[str, Any]:
+    """The JSON of a report: a file, or a folder that holds `report.json`."""
+    path = Path(source)
+    path = path / REPORT if path.is_dir() else path
+    if not path.is_file():
+        raise EraseError(f"no report at {path}: expected the folder that an evaluation wrote, or its {REPORT}")
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise EraseError(f"{path} is not a report: expected JSON with estimates")
+    return data
+
+
 def read_pack(source: str | Path) -> dict[str, Any]:
     """The JSON of a base pack recipe: a file, or a folder that holds `erasure_pack.json`."""
     path = Path(source)
     path = path / PACK if path.is_dir() else path
     if not path.is_file():
         raise EraseError(f"no base pack at {path}: expected a JSON file with name and prompts")
-    data = _json(path.read_bytes(), path)
+    data = read_json(path)
     if not isinstance(data, dict) or not data.get("name") or not isinstance(data.get("prompts"), list):
         raise EraseError(f"{path} is not a base pack: expected JSON with a name and a list of prompts")
     return data
@@ -322,6 +518,31 @@ def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     return tensors
 
 
+def _check_header(path: Path) -> None:
+    """Raise unless the header is of a believable size and written exactly as safetensors writes it.
+
+    JSON has many ways to say the same (blanks, escapes, a key twice); with one way allowed, no byte can change unnoticed.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(MAX_HEAD, path.stat().st_size - 8):
+            raise MismatchError(
+                f"{path} is not a whole safetensors file (it promises a header of {size} bytes): fetch or save it again"
+            )
+        text = file.read(size)
+    plain = json.dumps(_json(text, path), ensure_ascii=False, separators=(",", ":")).encode()
+    if plain + b" " * (len(text) - len(plain)) != text:
+        raise MismatchError(f"the header of {path} is not as safetensors writes it: fetch or save it again")
+
+
+def _head_of(path: Path) -> dict[str, Any]:
+    """The head of the adapter file at `path`, or nothing where there is none that can be read."""
+    try:
+        return read_adapter(path)[1] if path.is_file() else {}
+    except MismatchError:
+        return {}
+
+
 def _source(pipe: Any) -> str:
     return str(getattr(getattr(pipe, "config", None), "_name_or_path", "") or "")
 
@@ -336,11 +557,11 @@ def _inside(subfolder: str | None) -> str:
 
 def _locate(path: Path, subfolder: str) -> Path:
     path = path / subfolder
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, this says no to what cannot be a path
         path = path / WEIGHTS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EraseError(
-            f"no erasure at {path}: expected a folder with {WEIGHTS}, such a file, or a repository's id (user/repo)"
+            f"no erasure at {str(path)[:200]!r}: expected a folder with {WEIGHTS}, such a file, or a repository's id (user/repo)"
         )
     return path
 

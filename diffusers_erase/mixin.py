@@ -65,6 +65,10 @@ class ErasureLoaderMixin:
         """See `diffusers_erase.save_erasure`."""
         return attach.save_erasure(self, directory, adapter_name)
 
+    def lock_erasures(self, path: str | Path = "erasures.lock") -> Path:
+        """See `diffusers_erase.lock_erasures`."""
+        return attach.lock_erasures(self, path)
+
     def erasure_status(self) -> ErasureStatus:
         """See `diffusers_erase.erasure_status`."""
         return status.erasure_status(self)

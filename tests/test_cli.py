@@ -47,6 +47,7 @@ def test_erase_saves_what_it_says(model, adapters):
     assert adapter.recipes[0].targets == ("dog",)
     assert adapter.edit.preserved == ("wolf",)
     assert {p.name for p in (adapters / "cat").iterdir()} == {
+        "cat_kohya.safetensors",
         "erasure.safetensors",
         "erasure_config.json",
         "README.md",

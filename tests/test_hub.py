@@ -39,7 +39,7 @@ def rewrite(folder, head=None, tensors=None, seal=True):
         head.pop("checksum", None)
         head["checksum"] = hub.digest(head)
     weights = hub.read_tensors(folder / hub.WEIGHTS)[0] if tensors is None else tensors
-    save_file(weights, folder / hub.WEIGHTS, metadata={"erasure": json.dumps(head)})
+    save_file(weights, folder / hub.WEIGHTS, metadata={"erasure": hub.canonical(head)})
     (folder / hub.CONFIG).unlink(missing_ok=True)
 
 
@@ -243,7 +243,7 @@ def test_an_edited_head_is_refused(home, saved, case):
         refused(home, saved)  # by the checksum, or by what is checked before it
         rewrite(saved, head, data)
     else:
-        save_file(data, saved / hub.WEIGHTS, metadata={"erasure": json.dumps(head)})
+        save_file(data, saved / hub.WEIGHTS, metadata={"erasure": hub.canonical(head)})
     refused(home, saved, message, kind=EraseError)
 
 

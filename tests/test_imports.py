@@ -13,13 +13,20 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_erase"
 # fmt: off
 READING_ORDER = [
     "version", "errors", "solve", "edits", "factors", "sites", "text", "targets", "task", "train", "methods",
-    "hub", "adapter", "mapping", "fusing", "loras", "hook", "status", "attach", "serving", "mixin", "erasing",
+    "hub", "card", "signing", "adapter", "lock", "mapping", "fusing", "loras", "hook", "status", "attach", "serving", "mixin", "erasing",
     "importing", "exporting", "world", "bench", "cli",
 ]
 # fmt: on
 """Modules and subpackages; `__init__`, the door, comes last."""
 
-DOORS = {"safetensors": "hub", "huggingface_hub": "hub", "typer": "cli", "rich": "cli"}
+DOORS = {
+    "safetensors": "hub",
+    "huggingface_hub": "hub",
+    "yaml": "hub",
+    "cryptography": "signing",
+    "typer": "cli",
+    "rich": "cli",
+}
 """Libraries that only one of our files knows."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
