@@ -171,3 +171,12 @@ def test_export_writes_a_plain_folder(model, adapters, tmp_path):
     }
     assert "linear=True" in refused("export", model, str(adapters / "boat"), "--out", str(tmp_path / "gated"))
     run("export", model, str(adapters / "boat"), "--linear", "--out", str(tmp_path / "gated"))
+
+
+def test_evaluate_refuses_in_one_line_before_it_loads_a_model(model, adapters, tmp_path):
+    given = ["--adapter", str(adapters / "cat"), "--out", str(tmp_path / "report")]
+    assert "netfive" in refused("evaluate", model, "--suite", "sd-everything", *given)
+    assert "name a judge by --clip" in refused("evaluate", model, "--suite", "cifar", *given)
+    assert "unknown probe 'magic'" in refused("evaluate", model, "--suite", "cifar", "--probe", "magic", *given)
+    assert "two adapters have one name" in refused("evaluate", model, "--suite", "cifar", *given, *given[:2])
+    assert not (tmp_path / "report").exists()

@@ -215,7 +215,7 @@ addEventListener("load", () => {
 
 def browse(page, folder, width):
     """The page as Chromium sees it at `width` pixels: what `CHECK` found, and the browser's console."""
-    column = 3
+    column = 1
     path = folder / "checked.html"
     path.write_text(page.replace("</head>", CHECK % ((column,) * 4) + "</head>"))
     found = subprocess.run(
