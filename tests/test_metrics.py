@@ -1,6 +1,7 @@
 """Metrics against their definitions, worked examples and scipy; partial sums merge exactly; intervals hold what they should."""
 
 import itertools
+import json
 import math
 import random
 
@@ -55,6 +56,7 @@ class TestShare:
         e = Estimate.of_share([None, None])
         assert math.isnan(e.value) and (e.low, e.high, e.n, e.coverage, e.bounds) == (0.0, 1.0, 0, 0.0, (0.0, 1.0))
         assert str(e) == "no answers" and str(Estimate.of_share([])) == "no pictures"
+        assert e.to_json()["value"] is None and json.dumps(e.to_json(), allow_nan=False)
 
     @given(ANSWERS, ANSWERS, ANSWERS)
     def test_shards_add_up_to_the_whole(self, a, b, c):

@@ -53,6 +53,12 @@ class Estimate:
         bounds = None if self.bounds is None else (1 - self.bounds[1], 1 - self.bounds[0])
         return replace(self, value=1 - self.value, low=1 - self.high, high=1 - self.low, bounds=bounds)
 
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; what is not a finite number is null, which JSON can hold."""
+        bounds = None if self.bounds is None else [_finite(end) for end in self.bounds]
+        numbers = {name: _finite(getattr(self, name)) for name in ("value", "low", "high")}
+        return numbers | {"n": self.n, "coverage": self.coverage, "bounds": bounds}
+
     def __str__(self) -> str:
         if not self.n:
             return "no pictures" if self.coverage == 1 else "no answers"
@@ -400,6 +406,10 @@ def paired_bootstrap(
 
 def _counts(share: Share) -> tuple[int, ...]:
     return share.hits, share.n, share.unknown, share.may_hit, share.may_miss
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _harmonic(values: Sequence[float]) -> float:
