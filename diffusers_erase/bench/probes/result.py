@@ -82,8 +82,10 @@ class ProbeResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for `json.dumps`; an estimate without pictures has the value None."""
-        shares = {name: getattr(self, name).to_json() for name in ("came_back", "control", "chance")}
-        return asdict(self) | shares | {"verdict": self.verdict, "coverage": self.coverage}
+        told: dict[str, Any] = asdict(self) | {"verdict": self.verdict, "coverage": self.coverage}
+        for name in ("came_back", "control", "chance"):
+            told[name]["value"] = None if math.isnan(told[name]["value"]) else told[name]["value"]
+        return told
 
     def __str__(self) -> str:
         return (
