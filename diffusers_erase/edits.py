@@ -236,7 +236,9 @@ class Edit:
         left, asked = (torch.zeros(len(self.concepts), dtype=torch.float64) for _ in range(2))
         number = {concept: i for i, concept in enumerate(self.concepts)}
         moving = self.moving
-        owner = torch.tensor([number[label.concept] for label in self.labels if label.targets is not None], dtype=int)
+        owner = torch.tensor(
+            [number[label.concept] for label in self.labels if label.targets is not None], dtype=torch.int64
+        )
         left.index_add_(0, owner, self.leftover.squares[moving])
         asked.index_add_(0, owner, self._asked[moving])
         return dict(zip(number, (left / asked).sqrt().tolist(), strict=True))
