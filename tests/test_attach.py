@@ -95,7 +95,7 @@ def test_a_gate_lets_weak_resemblance_through_and_is_named_where_it_is_lost(pipe
     x = text @ A.T
     expected = text + (x * torch.sigmoid((x.abs() - 0.7) / gated.edit.labels[0].gate.width)) @ D
     with_gate = forward(pipe)
-    assert "gate" not in str(erasure_status(pipe))
+    assert "has a gate" not in str(erasure_status(pipe))
     fuse_erasure(pipe)
     linear = forward(pipe)
     assert "linear part" in str(erasure_status(pipe))

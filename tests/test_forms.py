@@ -94,7 +94,7 @@ def test_a_gate_says_that_it_is_lost(sd1):
     gated = adapter(sd1, "gated")
     load_erasure(sd1, gated)
     with_gate = forward(sd1)
-    assert "gate" not in str(erasure_status(sd1))
+    assert "has a gate" not in str(erasure_status(sd1))
     unload_erasure(sd1)
     linear = forward(sd1, by_hand(states(sd1), gated.edit))
     for mode in ("lora", "fused"):
@@ -123,7 +123,7 @@ def test_real_quantised_weights_take_a_map_and_refuse_fusing(sd1):
     assert get_active_erasures(sd1) == [] and torch.equal(forward(sd1), base)
     load_erasure(sd1, made)
     assert erasure_status(sd1).mode == "map" and error(forward(sd1), expected) < AGREE < error(expected, base)
-    refused("keep it as a map", fuse_erasure, sd1)
+    refused("kept as a map", fuse_erasure, sd1)
     unload_erasure(sd1)
     assert torch.equal(forward(sd1), base)
 

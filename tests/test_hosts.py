@@ -267,7 +267,7 @@ def test_layerwise_casting_takes_a_map_and_refuses_fusing(pipe):
     expected = forward(pipe, by_hand(states(pipe), adapter(pipe, "cat").edit))
     load_erasure(pipe, adapter(pipe, "cat"))
     assert error(forward(pipe), expected) < AGREE < error(forward(pipe), base)
-    refused("keep it as a map", fuse_erasure, pipe)
+    refused("kept as a map", fuse_erasure, pipe)
     assert erasure_status(pipe).mode == "map" and error(forward(pipe), expected) < AGREE
     unload_erasure(pipe)
     refused("float8", load_erasure, pipe, adapter(pipe, "cat"), mode="fused")
