@@ -395,7 +395,11 @@ def _print_report(report: Any, page: Path) -> None:
         for d in trial.dimensions:
             share = d.share
             table.add_row(
-                d.title, d.verdict, f"{share.value:.0%}", f"{share.low:.0%} – {share.high:.0%}", str(share.n)
+                d.title,
+                d.verdict,
+                f"{share.value:.0%}" if share.n else "–",
+                f"{share.low:.0%} – {share.high:.0%}",
+                str(share.n),
             )
         out.print(table)
     out.print(f"look at: {page}")
