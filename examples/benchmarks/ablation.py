@@ -204,8 +204,6 @@ def measure(pipe: Any, judge: Any, name: str, concepts: list[str], cases: list[C
     found: dict[str, Any] = {"bytes": adapter.size, "rows": len(adapter.edits[TEXT].labels), "wrong": []}
     for share, (role, what) in SHARES.items():
         by_style = what == "style" or (what == "own" and concepts[0] in world.STYLES)
-        if share == "styles kept" and concepts[0] in world.STYLES:
-            role = "unrelated"
         pairs = [
             (b[by_style] == wanted, a[by_style] == wanted, i)
             for i, (case, b, a) in enumerate(zip(cases, *seen, strict=True))

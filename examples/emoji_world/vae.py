@@ -6,6 +6,7 @@ WORK/vae goes on alone, from the latents as they are, so that a denoiser trained
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,9 @@ class Pictures:
         return pictures(np.concatenate([a[self.rng.integers(len(a), size=n)] for a, n in draws]))
 
 
-def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.diff(dim=-1), x.diff(dim=-2)
+def edges(x: Tensor, y: Tensor) -> Tensor:
+    """L1 between the pixel differences of two pictures, across and down."""
+    return F.l1_loss(x.diff(dim=-1), y.diff(dim=-1)) + F.l1_loss(x.diff(dim=-2), y.diff(dim=-2))
 
 
 def loss(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,9 +62,8 @@ def loss(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
     y, kl = y.float(), posterior.kl().float().mean() / x[0].numel()
-    edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(x), gradients(y), strict=True))
     square = F.mse_loss(y, x)
-    return F.l1_loss(y, x) + edges + 2 * square + 2e-4 * kl, square
+    return F.l1_loss(y, x) + edges(x, y) + 2 * square + 2e-4 * kl, square
 
 
 @torch.no_grad()
@@ -104,29 +105,27 @@ def psnr(square: float) -> float:
     return -10 * math.log10(square / 4)
 
 
-def refine(work: Path, minutes: float, data: Pictures, held_out: Tensor) -> None:
-    """Train the decoder alone on the latents that the denoiser is trained on: the posterior's mean, with a little noise."""
-    vae, checkpoint = AutoencoderKL.from_pretrained(work / "vae").eval(), work / "decoder.pt"
-    print(f"before: {decibels(vae, held_out):.2f} dB", flush=True)
-    parts = nn.ModuleList([vae.post_quant_conv, vae.decoder])
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=DECODER_PEAK, weight_decay=1e-4)
-    average, step, spent = Average(parts, 0.998), 0, 0.0
+def fit(
+    module: nn.Module,
+    compute: Callable[[], tuple[Tensor, Tensor]],
+    checkpoint: Path,
+    minutes: float,
+    peak: float,
+    decay: float,
+) -> tuple[Average, int]:
+    """Train `module` on the loss and squared error that `compute` gives, resuming from `checkpoint`; the average, and the steps."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=1e-4)
+    average, step, spent = Average(module, decay), 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint)
-        parts.load_state_dict(state["model"])
+        module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.values, average.steps, step, spent = state["average"], state["step"], state["step"], state["spent"]
     clock, recent = Clock(minutes, spent, warmup=50), []
     while clock.running:
-        x = data.batch(2 * BATCH)
-        with half():
-            with torch.no_grad():
-                z = vae.encode(x).latent_dist.mode()
-            y = vae.decode(z + DECODER_NOISE * torch.randn_like(z)).sample.float()
-        edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(x), gradients(y), strict=True))
-        square = F.mse_loss(y, x)
-        descend(optimizer, 0.5 * F.l1_loss(y, x) + 0.5 * edges + 8 * square, clock.rate(step), DECODER_PEAK)
-        average.update(parts)
+        total, square = compute()
+        descend(optimizer, total, clock.rate(step), peak)
+        average.update(module)
         recent.append(square.item())
         step += 1
         if step % 100 == 0:
@@ -134,9 +133,28 @@ def refine(work: Path, minutes: float, data: Pictures, held_out: Tensor) -> None
             recent.clear()
         if step % 400 == 0 or not clock.running:
             save(
-                checkpoint, model=parts.state_dict(), optimizer=optimizer.state_dict(),
+                checkpoint, model=module.state_dict(), optimizer=optimizer.state_dict(),
                 average=average.values, step=step, spent=clock.spent,
             )  # fmt: skip
+    return average, step
+
+
+def refine(work: Path, minutes: float, data: Pictures, held_out: Tensor) -> None:
+    """Train the decoder alone on the latents that the denoiser is trained on: the posterior's mean, with a little noise."""
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    print(f"before: {decibels(vae, held_out):.2f} dB", flush=True)
+    parts = nn.ModuleList([vae.post_quant_conv, vae.decoder])
+
+    def compute() -> tuple[Tensor, Tensor]:
+        x = data.batch(2 * BATCH)
+        with half():
+            with torch.no_grad():
+                z = vae.encode(x).latent_dist.mode()
+            y = vae.decode(z + DECODER_NOISE * torch.randn_like(z)).sample.float()
+        square = F.mse_loss(y, x)
+        return 0.5 * F.l1_loss(y, x) + 0.5 * edges(x, y) + 8 * square, square
+
+    average, step = fit(parts, compute, work / "decoder.pt", minutes, DECODER_PEAK, decay=0.998)
     average.copy_to(parts)
     print(f"{step} steps of the decoder; held-out renders: {decibels(vae, held_out):.2f} dB")
     vae.save_pretrained(work / "vae")
@@ -144,34 +162,12 @@ def refine(work: Path, minutes: float, data: Pictures, held_out: Tensor) -> None
 
 def main() -> None:
     options = arguments(__doc__, minutes=40, decoder_minutes=0)
-    work, checkpoint = options.work, options.work / "vae.pt"
-    data = Pictures(work)
+    work, data = options.work, Pictures(options.work)
     held_out = pictures(np.load(work / "objects.npy", mmap_mode="r")[:, :, -1].reshape(-1, 64, 64, 3))
     if options.decoder_minutes:
         return refine(work, options.decoder_minutes, data, held_out)
     vae = model()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, weight_decay=1e-4)
-    average, step, spent = Average(vae, 0.995), 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, average.steps, step, spent = state["average"], state["step"], state["step"], state["spent"]
-    clock, recent = Clock(options.minutes, spent, warmup=50), []
-    while clock.running:
-        total, square = loss(vae, data.batch(BATCH))
-        descend(optimizer, total, clock.rate(step), PEAK)
-        average.update(vae)
-        recent.append(square.item())
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}  {clock.spent:.1f} min  train {psnr(np.mean(recent)):.2f} dB", flush=True)
-            recent.clear()
-        if step % 400 == 0 or not clock.running:
-            save(
-                checkpoint, model=vae.state_dict(), optimizer=optimizer.state_dict(),
-                average=average.values, step=step, spent=clock.spent,
-            )  # fmt: skip
+    average, step = fit(vae, lambda: loss(vae, data.batch(BATCH)), work / "vae.pt", options.minutes, PEAK, decay=0.995)
     final = whiten(average.copy_to(vae).eval(), data.batch(512))
     print(f"{step} steps; held-out renders: {decibels(final, held_out):.2f} dB")
     final.save_pretrained(work / "vae")
