@@ -26,7 +26,7 @@ from diffusers_erase.bench.metrics import Estimate
 from diffusers_erase.bench.suites import Prompt, Settings, Suite
 from diffusers_erase.edits import Edit, Label
 from diffusers_erase.sites import TEXT
-from diffusers_erase.text import PackRecipe
+from diffusers_erase.text import Encoder, PackRecipe, background, base_pack
 
 OBJECTS = (
     "cat", "owl", "butterfly", "rose", "banana", "hamburger", "wine", "airplane", "moon", "basketball", "guitar", "crown",
@@ -76,11 +76,22 @@ def context_rows(pipe: Any, concept: str, recipe: PackRecipe, rank: int | None =
     return replace(whole, edits={TEXT: edit.calibrated(0.02)}, recipes=(replace(whole.recipes[0], effect=None),))
 
 
+def other_pack(pipe: Any, concept: str, recipe: PackRecipe, moment: bool = True, **_: Any) -> ErasureAdapter:
+    """The default erasure on a pack without hard rows, or on λI alone (`moment` False), as UCE has it."""
+    whole, encoder = erase(pipe, concept, pack=recipe), Encoder(pipe)
+    seen, _hard = background(encoder, recipe)[TEXT]
+    pack = base_pack(recipe, encoder.fingerprint(), seen if moment else torch.eye(len(seen)).double(), None)
+    edit = whole.edits[TEXT]
+    edit = replace(edit, pulled=pack.pull(edit.keys.double()).float()).calibrated(0.02)
+    return replace(whole, edits={TEXT: edit}, recipes=(replace(whole.recipes[0], effect=None),))
+
+
 SETTINGS = {
     "default: ridge, last+eot, null, 0.02": Setting({}),
     "tokens last": Setting({"tokens": "last"}),
     "tokens eot": Setting({"tokens": "eot"}),
     "tokens last+eot+pads": Setting({"tokens": "last+eot+pads"}),
+    "tokens name+eot": Setting({"tokens": "name+eot"}),
     "tokens all": Setting({"tokens": "all"}),
     "rows: bare name only": Setting({"templates": ["{}"]}),
     "rows: all contexts": Setting({}, make=context_rows),
@@ -88,6 +99,8 @@ SETTINGS = {
     "pack: λ / 10": Setting({}, ridge=0.1),
     "pack: λ · 10": Setting({}, ridge=10),
     "pack: λ · 100": Setting({}, ridge=100),
+    "pack: no hard rows": Setting({}, make=other_pack),
+    "pack: none (λI)": Setting({}, make=lambda *a, **k: other_pack(*a, moment=False, **k)),
     "residual 0.1": Setting({"residual": 0.1}),
     "residual 0.3": Setting({"residual": 0.3}),
     "target sibling": Setting({}, "sibling"),
@@ -98,6 +111,10 @@ SETTINGS = {
     "gate 0.7": Setting({"gate": 0.7}),
     "gate 0.5, last+eot+pads": Setting({"gate": 0.5, "tokens": "last+eot+pads"}),
     "coreferences": Setting({}, coreferences=True),
+    "coreferences, last+eot+pads": Setting({"tokens": "last+eot+pads"}, coreferences=True),
+    "coreferences, λ · 10": Setting({}, coreferences=True, ridge=10),
+    "last+eot+pads, λ · 10": Setting({"tokens": "last+eot+pads"}, ridge=10),
+    "last+eot+pads, target sibling": Setting({"tokens": "last+eot+pads"}, "sibling"),
     "coreferences, gate 0.5": Setting({"gate": 0.5}, coreferences=True),
     "coreferences, target sibling": Setting({}, "sibling", coreferences=True),
     "uce": Setting({"method": "uce"}),
@@ -255,19 +272,19 @@ def crowd(group: tuple[str, ...]) -> list[Case]:
     ]
 
 
-def run(stage: str, work: Path) -> None:
-    """Do what is not in the results yet."""
+def run(stage: str, work: Path, part: tuple[int, int]) -> None:
+    """Do what is not in the results yet; part (i, n) does every n-th job, from the i-th."""
     work.mkdir(parents=True, exist_ok=True)
     results, done = work / "results.jsonl", {key(entry) for entry in read(work)}
     pipe, judge = world.load(), world.judge()
-    for part, name, concepts, cases in jobs(stage):
-        entry: dict[str, Any] = {"stage": part, "setting": name, "concepts": concepts}
+    for size, name, concepts, cases in list(jobs(stage))[part[0] :: part[1]]:
+        entry: dict[str, Any] = {"stage": size, "setting": name, "concepts": concepts}
         if key(entry) in done:
             continue
         entry |= measure(pipe, judge, name, concepts, cases, work)
         with results.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        print(part, name, ", ".join(concepts), {s: entry[s] for s in SHARES}, flush=True)
+        print(size, name, ", ".join(concepts), {s: entry[s] for s in SHARES}, flush=True)
 
 
 def key(entry: dict[str, Any]) -> tuple:
@@ -320,12 +337,15 @@ def main() -> None:
     parser.add_argument("stage", choices=("screen", "confirm", "together", "tables"))
     parser.add_argument("--work", type=Path, default=Path("ablation-work"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="for N processes side by side"
+    )
     parser.add_argument("--sheet", type=Path, help="with tables: write the worst pairs of --setting here")
     parser.add_argument("--setting", default=next(iter(SETTINGS)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stage != "tables":
-        return run(options.stage, options.work)
+        return run(options.stage, options.work, options.part)
     tables(options.work)
     if options.sheet:
         sheet(options.work, options.sheet, options.setting)

@@ -4,7 +4,6 @@ Reads objects.npy, emoji.npy and emoji.json of WORK, writes WORK/judges.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,13 +149,11 @@ def train(name: str, network: Network, draw, work: Path, minutes: float) -> None
 
 
 def main() -> None:
-    options = arguments(__doc__, minutes=12)
-    runs = {
-        "objects": (partial(Network, len(OBJECTS) + 1, OBJECT_WIDTH), object_batch, 0.7),
-        "styles": (partial(Network, len(STYLES), STYLE_WIDTH), style_batch, 0.3),
-    }
-    for name, (build, draw, share) in runs.items():
-        train(name, build(), draw, options.work, share * options.minutes)
+    options = arguments(__doc__, objects_minutes=6, styles_minutes=12)  # 0: that judge stays as it is
+    if options.objects_minutes:
+        train("objects", Network(len(OBJECTS) + 1, OBJECT_WIDTH), object_batch, options.work, options.objects_minutes)
+    if options.styles_minutes:
+        train("styles", Network(len(STYLES), STYLE_WIDTH), style_batch, options.work, options.styles_minutes)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from training import Clock, arguments, descend, half, pictures, save
+from training import Run, arguments, half, pictures
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusers_erase.world.prompts import BARE_TEMPLATES, STYLE_TEMPLATES, TEMPLATES, caption, captions
@@ -161,37 +161,31 @@ def loss(clip: CLIPModel, places: Places, ids: Tensor, right: Tensor, images: Te
 
 def main() -> None:
     options = arguments(__doc__, minutes=20)
-    work, checkpoint = options.work, options.work / "clip.pt"
+    work = options.work
     random.seed(0)
     entries = json.loads((work / "emoji.json").read_text())
     images = np.load(work / "emoji.npy", mmap_mode="r")
     tokenizer, source = train_tokenizer(work, entries), Captions(entries)
-    clip, places, step, spent, recent = model(tokenizer), Places(entries, 256), 0, 0.0, []
-    parts = nn.ModuleList([clip, places])
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=PEAK, weight_decay=0.02)
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        parts.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
-    clock, ours = Clock(options.minutes, spent, warmup=50), [i for i, e in enumerate(entries) if e["object"]]
-    while clock.running:
+    clip, places = model(tokenizer), Places(entries, 256)
+    run = Run(
+        nn.ModuleList([clip, places]),
+        work / "clip.pt",
+        options.minutes,
+        peak=PEAK,
+        warmup=50,
+        tell=25,
+        weight_decay=0.02,
+    )
+    ours = [i for i, entry in enumerate(entries) if entry["object"]]
+    while run.running:
         renders = random.choices(range(len(entries)), k=TEXTS * 3 // 4) + random.choices(ours, k=TEXTS // 4)
         texts, right = source.batch(renders)
         shown = random.sample(renders, IMAGES)
         x = pictures(images[shown, random.randrange(images.shape[1])])
-        total = loss(clip, places, tokens(tokenizer, texts), right, x, torch.tensor(shown))
-        descend(optimizer, total, clock.rate(step), PEAK)
-        recent.append(total.item())
-        step += 1
-        if step % 25 == 0:
-            print(f"step {step}  {clock.spent:.1f} min  loss {np.mean(recent):.3f}", flush=True)
-            recent.clear()
-        if step % 200 == 0 or not clock.running:
-            save(checkpoint, model=parts.state_dict(), optimizer=optimizer.state_dict(), step=step, spent=clock.spent)
+        run.descend(loss(clip, places, tokens(tokenizer, texts), right, x, torch.tensor(shown)))
     clip.eval().save_pretrained(work / "clip")
     clip.text_model.save_pretrained(work / "text_encoder")
-    print(f"{step} steps; text tower written")
+    print(f"{run.step} steps; text tower written")
 
 
 if __name__ == "__main__":

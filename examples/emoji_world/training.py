@@ -1,4 +1,4 @@
-"""What every training script shares: the work folder, pictures as tensors, a timed schedule, checkpoints, EMA."""
+"""What every training script shares: the work folder, pictures as tensors, and a timed run that resumes from its checkpoint."""
 
 import argparse
 import math
@@ -90,3 +90,49 @@ def save(path: Path, **state) -> None:
     part = path.with_suffix(".part")
     torch.save(state, part)
     part.replace(path)
+
+
+class Run:
+    """A run of `minutes` that goes on where it was killed: optimizer, average, step and minutes spent lie in one checkpoint.
+
+    `while run.running: run.descend(loss)`; with a `decay` of 0 the average is the module itself.
+    """
+
+    def __init__(
+        self, module: nn.Module, checkpoint: Path, minutes: float, *, peak: float, warmup: int = 100,
+        decay: float = 0.0, tell: int = 100, save_every: float = 4.0, **adam,
+    ):  # fmt: skip
+        self.module, self.checkpoint, self.peak = module, checkpoint, peak
+        self.tell, self.save_every = tell, save_every
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=peak, **adam)
+        self.average = Average(module, decay)
+        self.step, self.saved, self.recent = 0, 0.0, []
+        if checkpoint.exists():
+            state = torch.load(checkpoint)
+            module.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.saved = state["step"], state["spent"]
+            self.average.values, self.average.steps = state["average"], self.step
+        self.clock = Clock(minutes, self.saved, warmup)
+        self.running = self.clock.running  # asked once a step, so that the last one is always saved
+
+    def descend(self, loss: Tensor, **told: float) -> bool:
+        """One step, printed now and then with what is `told` of it; True if a checkpoint was written after it."""
+        descend(self.optimizer, loss, self.clock.rate(self.step), self.peak)
+        self.average.update(self.module)
+        self.recent.append({"loss": loss.item(), **told})
+        self.step += 1
+        if self.step % self.tell == 0:
+            means = {name: np.mean([r[name] for r in self.recent]) for name in self.recent[0]}
+            shown = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+            print(f"step {self.step}  {self.clock.spent:.1f} min  {shown}", flush=True)
+            self.recent.clear()
+        self.running = self.clock.running
+        if self.clock.spent <= self.saved + self.save_every and self.running:
+            return False
+        self.saved = self.clock.spent
+        save(
+            self.checkpoint, model=self.module.state_dict(), optimizer=self.optimizer.state_dict(),
+            average=self.average.values, step=self.step, spent=self.saved,
+        )  # fmt: skip
+        return True

@@ -14,7 +14,7 @@ from data import HELD_OUT, SEAL_EVERY, SEAL_FIRST, SEALED
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training import Average, Clock, arguments, descend, half, pictures, save
+from training import Run, arguments, half, pictures, save
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_erase.world import prompts
@@ -167,37 +167,20 @@ def loss(unet: UNet2DConditionModel, noising: DDIMScheduler, z: Tensor, context:
 
 def main() -> None:
     options = arguments(__doc__, minutes=60, save_every=4)
-    work, checkpoint = options.work, options.work / "unet.pt"
-    examples, noising = Examples(work), scheduler()
+    work, noising = options.work, scheduler()
+    examples = Examples(work)
     unet = model()
-    average, step, spent, recent = Average(unet, 0.998), 0, 0.0, []
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=1e-3)
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        unet.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, average.steps, step, spent = state["average"], state["step"], state["step"], state["spent"]
+    run = Run(
+        unet, work / "unet.pt", options.minutes, peak=PEAK, warmup=200, decay=0.998, save_every=options.save_every,
+        betas=(0.9, 0.99), weight_decay=1e-3,
+    )  # fmt: skip
     share_captions(unet)
     noising.save_pretrained(work / "scheduler")
-    random.seed(step)
-    torch.manual_seed(step)
-    clock, saved = Clock(options.minutes, spent, warmup=200), spent
-    while clock.running:
-        total = loss(unet, noising, *examples.batch())
-        descend(optimizer, total, clock.rate(step), PEAK)
-        average.update(unet)
-        recent.append(total.item())
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}  {clock.spent:.1f} min  loss {np.mean(recent):.4f}", flush=True)
-            recent.clear()
-        if clock.spent > saved + options.save_every or not clock.running:
-            saved = clock.spent
-            save(
-                checkpoint, model=unet.state_dict(), optimizer=optimizer.state_dict(),
-                average=average.values, step=step, spent=saved,
-            )  # fmt: skip
-            average.copy_to(model()).save_pretrained(work / "unet")
+    random.seed(run.step)
+    torch.manual_seed(run.step)
+    while run.running:
+        if run.descend(loss(unet, noising, *examples.batch())):
+            run.average.copy_to(model()).save_pretrained(work / "unet")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ WORK/vae goes on alone, from the latents as they are, so that a denoiser trained
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from data import HELD_OUT
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from training import Average, Clock, arguments, descend, half, pictures, save
+from training import Run, arguments, half, pictures
 
 BATCH, PEAK, LATENTS = 16, 2e-3, 8
 DECODER_PEAK, DECODER_NOISE = 1e-3, 0.05
@@ -105,40 +104,6 @@ def psnr(square: float) -> float:
     return -10 * math.log10(square / 4)
 
 
-def fit(
-    module: nn.Module,
-    compute: Callable[[], tuple[Tensor, Tensor]],
-    checkpoint: Path,
-    minutes: float,
-    peak: float,
-    decay: float,
-) -> tuple[Average, int]:
-    """Train `module` on the loss and squared error that `compute` gives, resuming from `checkpoint`; the average, and the steps."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=1e-4)
-    average, step, spent = Average(module, decay), 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, average.steps, step, spent = state["average"], state["step"], state["step"], state["spent"]
-    clock, recent = Clock(minutes, spent, warmup=50), []
-    while clock.running:
-        total, square = compute()
-        descend(optimizer, total, clock.rate(step), peak)
-        average.update(module)
-        recent.append(square.item())
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}  {clock.spent:.1f} min  train {psnr(np.mean(recent)):.2f} dB", flush=True)
-            recent.clear()
-        if step % 400 == 0 or not clock.running:
-            save(
-                checkpoint, model=module.state_dict(), optimizer=optimizer.state_dict(),
-                average=average.values, step=step, spent=clock.spent,
-            )  # fmt: skip
-    return average, step
-
-
 def refine(work: Path, minutes: float, data: Pictures, held_out: Tensor) -> None:
     """Train the decoder alone on the latents that the denoiser is trained on: the posterior's mean, with a little noise."""
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
@@ -154,9 +119,12 @@ def refine(work: Path, minutes: float, data: Pictures, held_out: Tensor) -> None
         square = F.mse_loss(y, x)
         return 0.5 * F.l1_loss(y, x) + 0.5 * edges(x, y) + 8 * square, square
 
-    average, step = fit(parts, compute, work / "decoder.pt", minutes, DECODER_PEAK, decay=0.998)
-    average.copy_to(parts)
-    print(f"{step} steps of the decoder; held-out renders: {decibels(vae, held_out):.2f} dB")
+    run = Run(parts, work / "decoder.pt", minutes, peak=DECODER_PEAK, warmup=50, decay=0.998, weight_decay=1e-4)
+    while run.running:
+        total, square = compute()
+        run.descend(total, square=square.item())
+    run.average.copy_to(parts)
+    print(f"{run.step} steps of the decoder; held-out renders: {decibels(vae, held_out):.2f} dB")
     vae.save_pretrained(work / "vae")
 
 
@@ -167,9 +135,12 @@ def main() -> None:
     if options.decoder_minutes:
         return refine(work, options.decoder_minutes, data, held_out)
     vae = model()
-    average, step = fit(vae, lambda: loss(vae, data.batch(BATCH)), work / "vae.pt", options.minutes, PEAK, decay=0.995)
-    final = whiten(average.copy_to(vae).eval(), data.batch(512))
-    print(f"{step} steps; held-out renders: {decibels(final, held_out):.2f} dB")
+    run = Run(vae, work / "vae.pt", options.minutes, peak=PEAK, warmup=50, decay=0.995, weight_decay=1e-4)
+    while run.running:
+        total, square = loss(vae, data.batch(BATCH))
+        run.descend(total, square=square.item())
+    final = whiten(run.average.copy_to(vae).eval(), data.batch(512))
+    print(f"{run.step} steps; held-out renders: {decibels(final, held_out):.2f} dB")
     final.save_pretrained(work / "vae")
 
 
