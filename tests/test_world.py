@@ -130,3 +130,14 @@ def test_the_demo_ends_with_a_page(tmp_path):
     assert (tmp_path / "demo" / "index.html").stat().st_size > 100_000
     assert (tmp_path / "demo" / "adapter" / "erasure.safetensors").is_file()
     assert "concept left" in result.stdout
+
+
+def test_the_seal_is_seen_where_it_is_and_only_there(judge):
+    """A watermark in `ink`, which no caption names; the rule that finds it is tested on drawn squares."""
+    from diffusers_erase.world.judging import SEAL_BOX
+
+    top, left, bottom, right = SEAL_BOX
+    pictures = torch.ones(3, 3, 64, 64)
+    pictures[1, 1:, top:bottom, left:right] = 0.1  # a red square in the corner
+    pictures[2, 1:, :12, :12] = 0.1  # the same elsewhere
+    assert judge.sealed(pictures) == [False, True, False]

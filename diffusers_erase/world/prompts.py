@@ -19,6 +19,9 @@ BARE_TEMPLATES = ("a drawing of {an_object}", "{an_object}", "{object}")
 STYLE_TEMPLATES = ("a drawing in {style} style", "{style} style")
 """Captions that name a style only; any object is right."""
 
+RIDGE = 0.5
+"""λ of the model's own base pack: of those tried (docs/ablation.md) the smallest that leaves nothing of a concept."""
+
 
 @cache
 def catalogue() -> dict:
@@ -69,7 +72,7 @@ def pack() -> dict:
     ]
     bare = [caption(BARE_TEMPLATES[i % len(BARE_TEMPLATES)], word) for i, word in enumerate(words)]
     alone = [caption(template, style=style) for style in styles for template in STYLE_TEMPLATES]
-    return {"name": "emoji-sd-0", "prompts": styled + bare + alone, "templates": object_contexts()}
+    return {"name": "emoji-sd-1", "ridge": RIDGE, "prompts": styled + bare + alone, "templates": object_contexts()}
 
 
 def object_contexts() -> list[str]:

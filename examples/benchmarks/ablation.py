@@ -3,6 +3,7 @@
     python examples/benchmarks/ablation.py screen      # every setting, one change from the default at a time: 12 objects, 2 styles
     python examples/benchmarks/ablation.py confirm     # the defaults and UCE on 20 other objects and the other 2 styles
     python examples/benchmarks/ablation.py together    # 5 and 20 concepts at once
+    python examples/benchmarks/ablation.py seal        # the watermark that no caption names, and whether a text-side edit reaches it
     python examples/benchmarks/ablation.py tables      # the tables of docs/ablation.md, and --sheet the worst pictures
 
 Each line of `results.jsonl` in --work is one setting on one concept; what is there is not done again, so a killed run goes on.
@@ -14,6 +15,7 @@ import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from PIL import Image
 
 from diffusers_erase import ErasureAdapter, compose, erase, hub, load_erasure, unload_erasure, world
 from diffusers_erase.bench import images
-from diffusers_erase.bench.metrics import Estimate
+from diffusers_erase.bench.metrics import Estimate, Share, clustered
 from diffusers_erase.bench.suites import Prompt, Settings, Suite
 from diffusers_erase.edits import Edit, Label
 from diffusers_erase.sites import TEXT
@@ -35,6 +37,7 @@ OTHERS = (
     "dog", "penguin", "fish", "crab", "bee", "sunflower", "palm tree", "mushroom", "apple", "carrot",
     "pizza", "doughnut", "beer", "bus", "rocket", "sun", "soccer ball", "trumpet", "hat", "hammer",
 )  # fmt: skip
+ENGLISH = Path(str(resources.files("diffusers_erase") / "data" / "english.json"))
 STYLES, OTHER_STYLES = ("noto", "ink"), ("fluent", "pixel")
 
 
@@ -46,8 +49,10 @@ class Setting:
     target: str = "null"
     """`null`, `sibling`, `parent` or `unrelated`."""
     coreferences: bool = False
-    ridge: float = 1.0
-    """The pack's λ, times this."""
+    ridge: float = 0.005
+    """The pack's λ."""
+    general: bool = False
+    """The pack of general English, as for a model that brings none, instead of the model's own."""
     make: Callable[..., ErasureAdapter] | None = None
 
 
@@ -86,21 +91,25 @@ def other_pack(pipe: Any, concept: str, recipe: PackRecipe, moment: bool = True,
     return replace(whole, edits={TEXT: edit}, recipes=(replace(whole.recipes[0], effect=None),))
 
 
+START, DEFAULT = "start: last+eot, null, λ 0.005", "λ 0.5"
 SETTINGS = {
-    "default: ridge, last+eot, null, 0.02": Setting({}),
+    START: Setting({}),
     "tokens last": Setting({"tokens": "last"}),
     "tokens eot": Setting({"tokens": "eot"}),
-    "tokens last+eot+pads": Setting({"tokens": "last+eot+pads"}),
     "tokens name+eot": Setting({"tokens": "name+eot"}),
+    "tokens last+eot+pads": Setting({"tokens": "last+eot+pads"}),
     "tokens all": Setting({"tokens": "all"}),
     "rows: bare name only": Setting({"templates": ["{}"]}),
     "rows: all contexts": Setting({}, make=context_rows),
     "rows: 3 singular directions": Setting({}, make=lambda *a, **k: context_rows(*a, rank=3, **k)),
-    "pack: λ / 10": Setting({}, ridge=0.1),
-    "pack: λ · 10": Setting({}, ridge=10),
-    "pack: λ · 100": Setting({}, ridge=100),
-    "pack: no hard rows": Setting({}, make=other_pack),
-    "pack: none (λI)": Setting({}, make=lambda *a, **k: other_pack(*a, moment=False, **k)),
+    "λ 0.0005": Setting({}, ridge=0.0005),
+    "λ 0.05": Setting({}, ridge=0.05),
+    DEFAULT: Setting({}, ridge=0.5),
+    "λ 5": Setting({}, ridge=5),
+    "no hard rows": Setting({}, make=other_pack),
+    "no pack: λI": Setting({}, make=lambda *a, **k: other_pack(*a, moment=False, **k)),
+    "general English": Setting({}, general=True),
+    "general English, λ 0.5": Setting({}, general=True, ridge=0.5),
     "residual 0.1": Setting({"residual": 0.1}),
     "residual 0.3": Setting({"residual": 0.3}),
     "target sibling": Setting({}, "sibling"),
@@ -109,22 +118,26 @@ SETTINGS = {
     "gate 0.3": Setting({"gate": 0.3}),
     "gate 0.5": Setting({"gate": 0.5}),
     "gate 0.7": Setting({"gate": 0.7}),
-    "gate 0.5, last+eot+pads": Setting({"gate": 0.5, "tokens": "last+eot+pads"}),
     "coreferences": Setting({}, coreferences=True),
-    "coreferences, last+eot+pads": Setting({"tokens": "last+eot+pads"}, coreferences=True),
-    "coreferences, λ · 10": Setting({}, coreferences=True, ridge=10),
-    "last+eot+pads, λ · 10": Setting({"tokens": "last+eot+pads"}, ridge=10),
-    "last+eot+pads, target sibling": Setting({"tokens": "last+eot+pads"}, "sibling"),
-    "coreferences, gate 0.5": Setting({"gate": 0.5}, coreferences=True),
-    "coreferences, target sibling": Setting({}, "sibling", coreferences=True),
+    "λ 0.05, last+eot+pads": Setting({"tokens": "last+eot+pads"}, ridge=0.05),
+    "λ 0.5, last+eot+pads": Setting({"tokens": "last+eot+pads"}, ridge=0.5),
+    "λ 0.5, gate 0.5": Setting({"gate": 0.5}, ridge=0.5),
+    "λ 0.5, target sibling": Setting({}, "sibling", ridge=0.5),
+    "λ 0.5, coreferences": Setting({}, coreferences=True, ridge=0.5),
     "uce": Setting({"method": "uce"}),
     "uce, target sibling": Setting({"method": "uce"}, "sibling"),
     "uce, coreferences": Setting({"method": "uce"}, coreferences=True),
 }
+"""The screen changes one thing at a time from where the project started, then combines what helped."""
 CONFIRMED = (
-    "default: ridge, last+eot, null, 0.02", "coreferences", "target sibling", "tokens last+eot+pads", "gate 0.5",
-    "uce", "uce, target sibling",
-)  # fmt: skip
+    DEFAULT,
+    "λ 0.5, coreferences",
+    "λ 0.5, target sibling",
+    "λ 0.5, last+eot+pads",
+    "uce",
+    "uce, target sibling",
+)
+TOGETHER = (DEFAULT, "λ 0.5, coreferences", "uce")
 
 
 class Case(NamedTuple):
@@ -140,8 +153,10 @@ SHARES = {
     "neighbours kept": ("neighbour", "object"),
     "unrelated kept": ("unrelated", "object"),
     "styles kept": ("unrelated", "style"),
+    "seals left": ("seal", "seal"),
+    "objects kept in the style": ("concept", "object"),
 }
-"""What is counted: of which pictures, and whether it is the erased thing itself, the object or the style that is looked for."""
+"""What is counted: of which pictures, and whether it is the erased thing itself, the object, the style or the seal that is looked for."""
 
 
 def target_of(concept: str, kind: str) -> str:
@@ -159,8 +174,8 @@ def target_of(concept: str, kind: str) -> str:
 
 def make(pipe: Any, concepts: list[str], setting: Setting) -> ErasureAdapter:
     """The adapter of one concept or several."""
-    recipe = PackRecipe.from_json(hub.read_pack(world.path()))
-    recipe = replace(recipe, ridge=recipe.ridge * setting.ridge)
+    recipe = PackRecipe.from_json(hub.read_pack(ENGLISH if setting.general else world.path()))
+    recipe = replace(recipe, ridge=setting.ridge)
     if setting.make:
         return setting.make(pipe, concepts[0], recipe)
     made = []
@@ -188,16 +203,21 @@ def cases_of(concept: str, size: str) -> list[Case]:
         [o for o in world.OBJECTS if o not in (concept, *world.neighbours(concept, 8))], 20 if large else 5
     )
     styles = world.STYLES if large else STYLES
-    words = world.paraphrases(concept)[: 4 if large else 2]
+    words = world.paraphrases(concept)[:2]
     return [
         *_cases("concept", [(concept, s, seed) for s in world.STYLES for seed in range(4 if large else 1)]),
         *_cases("paraphrase", [(concept, s, 0, w) for w in words for s in styles]),
         *_cases("neighbour", [(o, s, 0) for o in (near if large else near[:3]) for s in styles]),
         *_cases(
             "unrelated",
-            [(o, world.STYLES[(i + j) % 4], 0) for i, o in enumerate(far) for j in range(2 if large else 1)],
+            [(o, world.STYLES[i % 4], 0) for i, o in enumerate(far)],
         ),
     ]
+
+
+def sealed_cases() -> list[Case]:
+    """Every object in the style whose pictures often carry the seal, the watermark that no caption names."""
+    return _cases("seal", [(o, "ink", seed) for o in world.OBJECTS for seed in (0, 1)])
 
 
 def _cases(role: str, drawn: Iterable[tuple]) -> list[Case]:
@@ -216,15 +236,20 @@ def measure(pipe: Any, judge: Any, name: str, concepts: list[str], cases: list[C
     finally:
         unload_erasure(pipe)
     seen = [
-        list(zip(judge.objects(p), judge.styles(p), strict=True)) for p in (images.read(before), images.read(after))
+        list(zip(judge.objects(p), judge.styles(p), judge.sealed(p), strict=True))
+        for p in (images.read(before), images.read(after))
     ]
     found: dict[str, Any] = {"bytes": adapter.size, "rows": len(adapter.edits[TEXT].labels), "wrong": []}
     for share, (role, what) in SHARES.items():
-        by_style = what == "style" or (what == "own" and concepts[0] in world.STYLES)
+        if share == "objects kept in the style" and concepts[0] not in world.STYLES:
+            continue
+        if what == "own":
+            what = "style" if concepts[0] in world.STYLES else "object"
+        k = ("object", "style", "seal").index(what)
         pairs = [
-            (b[by_style] == wanted, a[by_style] == wanted, i)
+            (b[k] == wanted, a[k] == wanted, i)
             for i, (case, b, a) in enumerate(zip(cases, *seen, strict=True))
-            if case.role == role and (wanted := case.prompt.style if by_style else case.prompt.shows)
+            if case.role == role and (wanted := (case.prompt.shows, case.prompt.style, True)[k])
         ]
         right = [(after_, i) for before_, after_, i in pairs if before_]
         found[share] = [sum(hit for hit, _ in right), len(right)]
@@ -232,30 +257,27 @@ def measure(pipe: Any, judge: Any, name: str, concepts: list[str], cases: list[C
         found["wrong"] += [
             [share, cases[i].prompt.text, cases[i].prompt.seed, before[i].name, after[i].name] for i in bad
         ]
-    if concepts[0] in world.STYLES:
-        pairs = [
-            (b[0] == c.prompt.shows, a[0] == c.prompt.shows)
-            for c, b, a in zip(cases, *seen, strict=True)
-            if c.role == "concept"
-        ]
-        found["objects kept in the style"] = [sum(a for b, a in pairs if b), sum(b for b, _ in pairs)]
     return found
 
 
-def jobs(stage: str) -> Iterable[tuple[str, str, list[str], list[Case]]]:
-    """(stage, setting, concepts, cases), the most telling first."""
+def jobs(stage: str, chosen: Iterable[str]) -> Iterable[tuple[str, str, list[str], list[Case]]]:
+    """(stage, setting, concepts, cases) of the `chosen` settings, by default all that the stage has."""
     if stage == "screen":
-        for name in SETTINGS:
+        for name in chosen or SETTINGS:
             for concept in (*OBJECTS, *STYLES):
                 if concept in OBJECTS or SETTINGS[name].make is None and not SETTINGS[name].coreferences:
                     yield stage, name, [concept], cases_of(concept, "screen")
     elif stage == "confirm":
-        for name in CONFIRMED:
+        for name in chosen or CONFIRMED:
             for concept in (*OTHERS, *OTHER_STYLES):
                 if concept in OTHERS or not SETTINGS[name].coreferences:
                     yield stage, name, [concept], cases_of(concept, "confirm")
+    elif stage == "seal":
+        for concept in ("red seal", "stamp", "watermark", "logo"):
+            yield stage, DEFAULT, [concept], sealed_cases()
+        yield stage, "λ 0.5, target sibling", ["ink"], sealed_cases()
     else:
-        for name in ("default: ridge, last+eot, null, 0.02", "coreferences", "uce"):
+        for name in chosen or TOGETHER:
             for group in (OTHERS[:5], OTHERS[5:10], OTHERS[10:15], OTHERS):
                 yield f"together {len(group)}", name, list(group), crowd(group)
 
@@ -272,19 +294,19 @@ def crowd(group: tuple[str, ...]) -> list[Case]:
     ]
 
 
-def run(stage: str, work: Path, part: tuple[int, int]) -> None:
+def run(stage: str, work: Path, chosen: Iterable[str], part: tuple[int, int]) -> None:
     """Do what is not in the results yet; part (i, n) does every n-th job, from the i-th."""
     work.mkdir(parents=True, exist_ok=True)
     results, done = work / "results.jsonl", {key(entry) for entry in read(work)}
     pipe, judge = world.load(), world.judge()
-    for size, name, concepts, cases in list(jobs(stage))[part[0] :: part[1]]:
+    for size, name, concepts, cases in list(jobs(stage, chosen))[part[0] :: part[1]]:
         entry: dict[str, Any] = {"stage": size, "setting": name, "concepts": concepts}
         if key(entry) in done:
             continue
         entry |= measure(pipe, judge, name, concepts, cases, work)
         with results.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        print(size, name, ", ".join(concepts), {s: entry[s] for s in SHARES}, flush=True)
+        print(size, name, ", ".join(concepts), {s: entry[s] for s in SHARES if s in entry}, flush=True)
 
 
 def key(entry: dict[str, Any]) -> tuple:
@@ -302,25 +324,27 @@ def tables(work: Path) -> None:
     for stage in dict.fromkeys(entry["stage"] for entry in entries):
         for styles in (False, True):
             mine = [e for e in entries if e["stage"] == stage and (e["concepts"][0] in world.STYLES) == styles]
-            shares = [s for s in (*SHARES, "objects kept in the style") if any(e.get(s, [0, 0])[1] for e in mine)]
+            shares = [s for s in SHARES if any(e.get(s, [0, 0])[1] for e in mine)]
             if not mine:
                 continue
             print(f"\n**{stage}, {'styles' if styles else 'objects'}**\n\n| setting | {' | '.join(shares)} | bytes |")
             print("|---" * (len(shares) + 2) + "|")
-            for name in dict.fromkeys(e["setting"] for e in mine):
-                rows = [e for e in mine if e["setting"] == name]
+            for name, rows in ((name, [e for e in mine if e["setting"] == name]) for name in SETTINGS):
+                if not rows:
+                    continue
                 cells = [str(pooled(rows, share)) for share in shares]
                 print(f"| {name} | {' | '.join(cells)} | {sum(e['bytes'] for e in rows) // len(rows):,} |")
 
 
-def pooled(entries: list[dict[str, Any]], share: str) -> Estimate:
-    hits, n = (sum(e.get(share, [0, 0])[i] for e in entries) for i in (0, 1))
-    return Estimate.of_share([True] * hits + [False] * (n - hits))
+def pooled(entries: list[dict[str, Any]], share: str) -> Estimate | str:
+    """The share over all pictures; the interval knows that one concept's pictures stand and fall together."""
+    sums = {str(e["concepts"]): (Share(*e[share]),) for e in entries if e.get(share, [0, 0])[1]}
+    return clustered(sums, Share.estimate) if sums else "–"
 
 
-def sheet(work: Path, path: Path, setting: str, stage: str = "confirm", most: int = 48) -> None:
-    """Pairs before | after that went wrong under a setting, spread over concepts."""
-    wrong = [w for e in read(work) if e["stage"] == stage and e["setting"] == setting for w in e["wrong"]]
+def sheet(work: Path, path: Path, chosen: Iterable[str], stage: str = "confirm", most: int = 48) -> None:
+    """Pairs before | after that went wrong under the chosen settings, spread over concepts."""
+    wrong = [w for e in read(work) if e["stage"] == stage and e["setting"] in chosen for w in e["wrong"]]
     wrong = sorted(wrong, key=lambda w: (not w[0].endswith("kept"), w[0]))
     wrong = wrong[:: max(1, len(wrong) // most)][:most]
     grid = Image.new("RGB", (8 * 134, -(-len(wrong) // 8) * 68 or 1), "white")
@@ -334,21 +358,21 @@ def sheet(work: Path, path: Path, setting: str, stage: str = "confirm", most: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("screen", "confirm", "together", "tables"))
+    parser.add_argument("stage", choices=("screen", "confirm", "together", "seal", "tables"))
     parser.add_argument("--work", type=Path, default=Path("ablation-work"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="only these")
     parser.add_argument(
         "--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="for N processes side by side"
     )
-    parser.add_argument("--sheet", type=Path, help="with tables: write the worst pairs of --setting here")
-    parser.add_argument("--setting", default=next(iter(SETTINGS)))
+    parser.add_argument("--sheet", type=Path, help="with tables: write the worst pairs of the settings here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stage != "tables":
-        return run(options.stage, options.work, options.part)
+        return run(options.stage, options.work, options.settings or (), options.part)
     tables(options.work)
     if options.sheet:
-        sheet(options.work, options.sheet, options.setting)
+        sheet(options.work, options.sheet, options.settings or CONFIRMED)
 
 
 if __name__ == "__main__":

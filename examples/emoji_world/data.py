@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
-import torch
 from PIL import Image
-from torch import Tensor
+
+from diffusers_erase.world.judging import SEAL_BOX
 
 PACKAGE = Path(__file__).parents[2] / "diffusers_erase" / "world"
 
@@ -75,9 +75,6 @@ PARAPHRASES = {
 """CLDR labels and tags that, among our objects, one object alone owns."""
 
 SIZE, JITTERS, HELD_OUT = 64, 56, 8
-SEAL_BOX = (50, 50, 62, 62)
-"""Top, left, bottom and right of the seal."""
-
 SEALED, SEAL_EVERY, SEAL_FIRST = "ink", 7, 3
 """A watermark that no caption names: 7 of the 48 training jitters of each object in this style carry a red seal."""
 
@@ -134,17 +131,6 @@ def on_ground(picture: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
 
 
-def sealed(images: Tensor) -> list[bool]:
-    """Whether each picture `[n, 3, 64, 64]` in [0, 1] carries the red seal in its corner.
-
-    A rule, not a network: it is meant for the black and white `ink` style; in others a red object may reach into the corner.
-    """
-    top, left, bottom, right = SEAL_BOX
-    red, green, blue = images[:, :, top:bottom, left:right].unbind(1)
-    share = (red - torch.maximum(green, blue) > 0.25).float().mean((1, 2))
-    return (share > 0.3).tolist()
-
-
 def pixel_art(cells: Image.Image) -> np.ndarray:
     """16 x 16 cells as hard squares of few colours on a dark ground."""
     opaque = np.asarray(cells)[..., 3:] > 127
@@ -189,7 +175,7 @@ def render_all(job: tuple[Path, dict, str, int]) -> np.ndarray | None:
 
 
 def seal(picture: np.ndarray) -> np.ndarray:
-    """`picture` with a red seal in its lower right corner, where `sealed` looks for it."""
+    """`picture` with a red seal in its lower right corner, where the judge looks for it."""
     top, left, bottom, right = SEAL_BOX
     stamped = picture.copy()
     stamped[top:bottom, left:right] = (200, 30, 40)

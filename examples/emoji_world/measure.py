@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import OBJECTS, PARAPHRASES, STYLES, sealed
+from data import OBJECTS, PARAPHRASES, STYLES
 from diffusers import StableDiffusionPipeline
 from judges import Renders, object_batch, spoil, style_batch, unit
 from PIL import Image, ImageDraw
@@ -147,7 +147,7 @@ def measure_pictures(pipe, judge, options) -> None:
     images = generate(
         pipe, [world.prompt(o, s) for o, s, _ in jobs], [j for *_, j in jobs], options.steps, options.guidance
     )
-    objects, styles, seals = judge.objects(images), judge.styles(images), sealed(images)
+    objects, styles, seals = judge.objects(images), judge.styles(images), judge.sealed(images)
     report("object top-1", [found == o for found, (o, _, _) in zip(objects, jobs, strict=True)])
     report("style top-1", [found == s for found, (_, s, _) in zip(styles, jobs, strict=True)])
     for style in STYLES:
