@@ -381,12 +381,14 @@ def _judges(
 
 def _looks(model: str, clip: Path | None, lpips: Path | None) -> Any:
     """Measures beyond labels."""
+    from . import world
     from .bench import Looks, measures
 
     own = model == EMBEDDED
     pair = measures.lpips(lpips) if lpips else measures.emoji_distance() if own else None
     features = measures.clip_features(clip) if clip else measures.emoji_features() if own else None
-    return Looks(measures.clip_score(clip) if clip else None, pair, features)
+    texts = clip or (world.clip_path() if own else None)
+    return Looks(measures.clip_score(texts) if texts else None, pair, features)
 
 
 def _print_report(report: Any, page: Path) -> None:

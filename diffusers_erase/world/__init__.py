@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GUIDANCE", "OBJECTS", "STEPS", "STYLES",
-    "judge", "load", "neighbours", "paraphrases", "path", "prompt", "style_contexts",
+    "clip_path", "judge", "load", "neighbours", "paraphrases", "path", "prompt", "style_contexts",
 ]  # fmt: skip
 
 OBJECTS: tuple[str, ...] = tuple(catalogue()["objects"])
@@ -53,6 +53,12 @@ def load() -> "StableDiffusionPipeline":
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.float().eval()
     return pipe
+
+
+def clip_path() -> Path:
+    """The folder of a small CLIP pair, for CLIP scores; trained on renders, no part of the generator. Hashes are checked first."""
+    check("judges")
+    return WEIGHTS / "judges" / "emoji-clip"
 
 
 def judge() -> "Judge":

@@ -306,7 +306,7 @@ def run(stage: str, work: Path, chosen: Iterable[str], part: tuple[int, int]) ->
         entry |= measure(pipe, judge, name, concepts, cases, work)
         with results.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        print(size, name, ", ".join(concepts), {s: entry[s] for s in SHARES if s in entry}, flush=True)
+        print(size, name, ", ".join(concepts), {s: entry[s] for s in SHARES if entry.get(s, (0, 0))[1]}, flush=True)
 
 
 def key(entry: dict[str, Any]) -> tuple:

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from diffusers_erase.world.prompts import catalogue, pack
 
-LIMIT, NEIGHBOURS = 64 * 2**20, 20
+LIMIT, NEIGHBOURS, PAIR = 64 * 10**6, 20, "emoji-clip"
 
 
 def pipeline(work: Path) -> StableDiffusionPipeline:
@@ -39,21 +39,37 @@ def suit_every_host(folder: Path) -> None:
     transformers 5 computes in the type a config names, drops the prefix of the tensors' names, and writes one tokenizer file;
     transformers 4 knows the tensors by the prefix only and wants vocab.json and merges.txt. Both read what is written here.
     """
-    config, weights = folder / "text_encoder" / "config.json", folder / "text_encoder" / "model.safetensors"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    compute_in_fp32(folder / "text_encoder" / "config.json")
+    weights = folder / "text_encoder" / "model.safetensors"
     tensors = {"text_model." + name.removeprefix("text_model."): t for name, t in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
-    bpe = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
+    old_tokenizer_files(folder / "tokenizer")
+
+
+def compute_in_fp32(config: Path) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def old_tokenizer_files(folder: Path) -> None:
+    """vocab.json and merges.txt beside tokenizer.json."""
+    bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])])
-    (folder / "tokenizer" / "merges.txt").write_text(merges + "\n")
+    (folder / "merges.txt").write_text(merges + "\n")
 
 
 def judges(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
-    for name in ("objects.safetensors", "styles.safetensors"):
+    """The two classifiers, and the CLIP pair as a folder that transformers loads in fp32."""
+    shutil.copytree(source / PAIR, target / PAIR)
+    for name in ("objects.safetensors", "styles.safetensors", f"{PAIR}/model.safetensors"):
         tensors = load_file(source / name)
-        save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, target / name)
+        save_file(
+            {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()},
+            target / name,
+            metadata={"format": "pt"},
+        )
+    old_tokenizer_files(target / PAIR)
+    compute_in_fp32(target / PAIR / "config.json")
 
 
 @torch.no_grad()
@@ -102,7 +118,7 @@ def main() -> None:
     shutil.rmtree(shipped, ignore_errors=True)
     weights.rename(shipped)
     size = sum((shipped / name).stat().st_size for name in hashes)
-    print(f"{len(files)} files, {size / 2**20:.1f} MiB of {LIMIT / 2**20:.0f}")
+    print(f"{len(files)} files, {size / 1e6:.1f} MB of {LIMIT / 1e6:.0f}")
     assert size <= LIMIT, "too large to ship"
 
 

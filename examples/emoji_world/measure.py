@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from diffusers_erase import world
+from diffusers_erase.bench.networks import Clip
 
 SHEET = Path(__file__).parents[2] / "docs" / "emoji-sd-contact-sheet.png"
 STAGES = ("judges", "vae", "text", "pictures", "rows", "speed", "sheet")
@@ -76,6 +77,15 @@ def measure_judges(pipe, judge, options) -> None:
     ):
         report(f"object, {label}", np.equal(judge.objects(pictures), objects).tolist())
         report(f"style, {label}", np.equal(judge.styles(pictures), styles).tolist())
+    clip, texts = Clip(world.clip_path()), [world.prompt(o, s) for o, s in zip(objects, styles, strict=True)]
+    known = list(dict.fromkeys(texts))
+    for label, pictures in (("held-out renders", x), ("reconstructed", reconstruct(pipe.vae, x))):
+        shown = [Image.fromarray((255 * p.movedim(0, -1)).round().byte().numpy()) for p in pictures]
+        nearest = (clip.images(shown) @ clip.texts(known).T).argmax(1)
+        report(
+            f"nearest of 256 captions is its own, {label}",
+            [known[i] == t for i, t in zip(nearest, texts, strict=True)],
+        )
     others = Renders(options.work, held_out=True)
     report("other, unseen emoji", [o == "other" for o in judge.objects(others.draw_emoji(512)[0])])
     report("other, blanks, noise, blends", [o == "other" for o in judge.objects(others.draw_nothing(512))])
