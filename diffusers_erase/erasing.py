@@ -68,8 +68,9 @@ def erase(
     if templates is not None:
         check_templates(templates)
     asked = {"residual": residual, "tokens": tokens, "templates": templates and tuple(templates)}
+    whatever = asked | {"gate": gate, "pack": pack}
     if clash := [
-        key for key, value in asked.items() if key in chosen.fixed and value not in (None, chosen.fixed[key])
+        key for key, value in whatever.items() if key in chosen.fixed and value not in (None, chosen.fixed[key])
     ]:
         raise EraseError(f"method {method!r} decides {clash[0]} itself: leave it out, or use method='ridge'")
     if residual is not None and not 0 < residual < 1:
@@ -84,7 +85,7 @@ def erase(
     recipe = _recipe(pipe, pack)
     defaults = {"residual": 0.02, "tokens": "last+eot", "templates": recipe.templates}
     given = {key: value for key, value in asked.items() if value is not None}
-    decided = defaults | given | chosen.fixed
+    decided = defaults | given | {key: value for key, value in chosen.fixed.items() if key in defaults}
     packs = {space: cache(partial(_pack, encoder, recipe, space)) for space in encoder.widths}
     made = []
     for name, goal in zip(concepts, targets, strict=True):
@@ -99,6 +100,9 @@ def erase(
             **decided,
         )
         _check(whole)
+        if chosen.training is not None:
+            made.append(_learned(pipe, whole, chosen, settings))
+            continue
         tasks = {space: replace(whole, space=space, pack=pack) for space, pack in packs.items()}
         made.append(_adapter(tasks, chosen, settings, hub.model_name(pipe)))
     return made[0] if len(made) == 1 else compose(*made)
@@ -120,6 +124,25 @@ def _adapter(tasks: dict[str, Task], method: Method, settings: dict[str, Any], b
         effect=round(effect(task.encoder, edits, task.concept), 4),
     )
     return compose(ErasureAdapter(edits, task.encoder.fingerprint(), (recipe,), base_model))
+
+
+def _learned(pipe: Any, task: Task, method: Method, settings: dict[str, Any]) -> ErasureAdapter:
+    learned = method.run(task, pipe, **settings)
+    recipe = Recipe(
+        concept=task.concept,
+        coreferences=task.coreferences,
+        targets=learned.targets or task.targets,
+        preserve=task.preserve,
+        method=method.name,
+        options=learned.told,
+        tokens="all",
+        templates=None if task.templates == TEMPLATES else task.templates,
+        residual=None,
+        effect=None,
+    )
+    return compose(
+        ErasureAdapter({}, task.encoder.fingerprint(), (recipe,), hub.model_name(pipe), factors=learned.factors)
+    )
 
 
 def _pack(encoder: Encoder, recipe: PackRecipe, space: str) -> Pack:
@@ -183,5 +206,5 @@ def _check(task: Task) -> None:
         )
     if both := [p for p in task.preserve if same_name(p) in own]:
         raise EraseError(f"{both[0]!r} is to be erased and preserved: take it out of one of the two lists")
-    if "pads" in roles_of(task.tokens, 1) and task.gate is None and task.pack().hard is None:
+    if task.tokens and "pads" in roles_of(task.tokens, 1) and task.gate is None and task.pack().hard is None:
         raise EraseError("tokens with 'pads' need a base pack with hard rows: every prompt's pads resemble each other")

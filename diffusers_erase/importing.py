@@ -21,7 +21,7 @@ from .edits import Edit, Label, Pack
 from .errors import EraseError, MismatchError
 from .factors import Factors, Pair, probe, truncated
 from .mapping import effect
-from .sites import ATTRIBUTE, TEXT, layer, layer_names, matrix, sites, text_readers, unwrapped
+from .sites import TEXT, layer, layer_names, matrix, original_weights, sites, text_readers
 from .text import Encoder
 
 MAP_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.1
@@ -134,27 +134,6 @@ def _recipe(name: str, encoder: Encoder, edit: Edit | None, told: dict[str, Any]
 
 
 # --- full matrices ---
-
-
-def original_weights(reader: nn.Module) -> dict[str, Tensor]:
-    """Every weight of `reader` as it is without erasures and without LoRAs, by its name in a plain state dict.
-
-    Raises:
-        EraseError: a LoRA is fused into it.
-    """
-    module = unwrapped(reader)
-    if merged := [path for path, part in module.named_modules() if getattr(part, "merged", False)]:
-        raise EraseError(
-            f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first"
-        )
-    attachment = getattr(module, ATTRIBUTE, None)
-    records = attachment.kept.items() if attachment else ()
-    kept: dict[int, Tensor] = {id(linear.weight): record.base for linear, record in records}
-    return {
-        name.replace(".base_layer.", "."): kept[id(weight)] if id(weight) in kept else weight.detach()
-        for name, weight in module.named_parameters()
-        if "lora_" not in name
-    }
 
 
 class Changes(NamedTuple):

@@ -20,6 +20,9 @@ ATTRIBUTE = "_diffusers_erase"
 
 TEXT, POOLED = "text", "pooled"
 
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Kinds of weights that can be written and given back; fp8 is for keeping only."""
+
 Layer = nn.Linear | nn.Conv2d
 """What weight forms change: a linear layer, or a 1×1 convolution, which is one at every place of a picture."""
 
@@ -248,7 +251,7 @@ def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,), paths: Ite
             )
         weight = linear.weight
         plain = type(weight) is nn.Parameter and weight.ndim in (2, 4) and not weight.is_meta
-        if not plain or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        if not plain or weight.dtype not in FLOATING:
             raise EraseError(
                 f"{path} holds {type(weight).__name__} {weight.dtype} on {weight.device}: an erasure is fused only into plain floating "
                 f"weights; rows may be kept as a map, which works on any"
@@ -273,13 +276,84 @@ def probe_arguments(reader: nn.Module, states: Mapping[str, Tensor]) -> dict[str
         raise EraseError(f"{type(unet).__name__} is no UNet: this version does not export its family")
     like, n = next(unet.parameters()), len(states[TEXT])
     noise = torch.randn(n, unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    found: dict[str, Any] = {"sample": noise.to(like), "timestep": 500}
+    return {"sample": noise.to(like), "timestep": 500} | text_arguments(reader, states)
+
+
+def text_arguments(reader: nn.Module, states: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How a call of `reader` carries these states, `[n, ...]` of each space, with SDXL's ids of its own picture size."""
+    unet: Any = unwrapped(reader)
+    like, found = next(unet.parameters()), {}
     for name, space in family_of(reader).spaces.items():
         outer, inner = space.argument[0], space.argument[-1]
         found[outer] = states[name].to(like) if outer == inner else {inner: states[name].to(like)}
     if "added_cond_kwargs" in found:
-        found["added_cond_kwargs"]["time_ids"] = like.new_zeros(n, 6)
+        side = 8.0 * (unet.config.sample_size or 0)
+        count = (
+            unet.config.projection_class_embeddings_input_dim - widths(reader)[POOLED]
+        ) // unet.config.addition_time_embed_dim
+        ids = (
+            (side, side, 0, 0, side, side) if count == 6 else (side, side, 0, 0, 6)
+        )  # a refiner reads a score of beauty
+        found["added_cond_kwargs"]["time_ids"] = like.new_tensor(ids).expand(len(states[TEXT]), -1)
     return found
+
+
+def text_layers(reader: nn.Module, parts: Iterable[str]) -> list[str]:
+    """Paths of `parts` (`to_q`, `to_k`, `to_v`, `to_out.0`) of every attention that reads text."""
+    return [f"{path}.{part}" for path, _ in _text_attentions(unwrapped(reader)) for part in parts]
+
+
+def original_weights(reader: nn.Module) -> dict[str, Tensor]:
+    """Every weight of `reader` as it is without erasures and without LoRAs, by its name in a plain state dict.
+
+    Raises:
+        EraseError: a LoRA is fused into it.
+    """
+    module = unwrapped(reader)
+    if merged := [path for path, part in module.named_modules() if getattr(part, "merged", False)]:
+        raise EraseError(
+            f"a LoRA is fused into {merged[0]}, so the original weights are not here: call unfuse_lora() first"
+        )
+    attachment = getattr(module, ATTRIBUTE, None)
+    records = attachment.kept.items() if attachment else ()
+    kept: dict[int, Tensor] = {id(linear.weight): record.base for linear, record in records}
+    return {
+        name.replace(".base_layer.", "."): kept[id(weight)] if id(weight) in kept else weight.detach()
+        for name, weight in module.named_parameters()
+        if "lora_" not in name
+    }
+
+
+def twin(unet: nn.Module) -> nn.Module:
+    """A UNet with modules of its own over the same tensors, without LoRAs, erasures, hooks: what is put on it does not reach `unet`.
+
+    Raises:
+        EraseError: no UNet that makes pictures from noise alone, or weights that are quantised or not in memory.
+    """
+    from accelerate import init_empty_weights
+
+    module: Any = unwrapped(unet)
+    if family_of(unet).denoiser != "unet" or module.config.in_channels != module.config.out_channels:
+        raise EraseError(
+            f"{type(module).__name__} with {module.config.in_channels} input channels is not trained by this version: "
+            f"expected a text-to-image UNet"
+        )
+    weights = original_weights(module)
+    for name, weight in weights.items():
+        if (
+            type(weight) is not Tensor
+            and type(weight) is not nn.Parameter
+            or weight.dtype not in FLOATING
+            or weight.is_meta
+        ):
+            raise EraseError(
+                f"{name} holds {type(weight).__name__} {weight.dtype} on {weight.device}: training needs plain floating weights in "
+                f"memory; load the model unquantised, or erase in closed form"
+            )
+    with init_empty_weights():
+        copy = type(module).from_config(module.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy.requires_grad_(False).eval()
 
 
 def _base_layer(linear: Any) -> nn.Linear:

@@ -1,7 +1,8 @@
 """What a method may see, and the table of methods.
 
-A method is a function from a `Task` to an `Edit`, registered by name. Its own options are keyword-only arguments with
-defaults; `erase` passes them on and records them as given. A new method touches its own file only.
+A method in closed form is a function from a `Task` to an `Edit`, registered by name; one that trains is registered in
+train.py. Its own options are keyword-only arguments with defaults; `erase` passes them on and records them as given. A new
+method touches its own file only.
 """
 
 import inspect
@@ -81,15 +82,18 @@ class Method:
 
     name: str
     paper: str
-    run: Callable[..., Edit]
+    run: Callable[..., Any]
+    """From a task to an edit; of a method that trains, from a task and its pipeline to what it learned."""
     fixed: dict[str, Any]
     """Arguments of `erase` that the paper decides, and their values."""
+    training: dict[str, Any] | None = None
+    """Of a method that trains, the options of the training loop and their defaults; None for a closed form."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword options of the method and their defaults."""
         parameters = inspect.signature(self.run).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | (self.training or {})
 
     @property
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""What every method promises, for every row of the table in cases.py; and UCE against its paper."""
+"""What every method in closed form promises, for every row of the table in cases.py; and UCE against its paper."""
 
 import hashlib
 
@@ -44,7 +44,7 @@ def marks(pipe):
 
 
 def test_the_table_has_every_method():
-    assert {case.method for case in CASES} == set(METHODS)
+    assert {case.method for case in CASES} == {name for name, method in METHODS.items() if method.training is None}
 
 
 @each_case

@@ -1,5 +1,5 @@
 """The methods, one paper a file; importing this package registers them. None imports another."""
 
-from . import ridge, uce
+from . import age, ap, esd, ridge, uce
 
-__all__ = ["ridge", "uce"]
+__all__ = ["age", "ap", "esd", "ridge", "uce"]
