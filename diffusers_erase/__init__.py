@@ -6,13 +6,23 @@
     load_erasure(pipe, adapter)             # attaches; unload_erasure(pipe) gives back every bit
 
 Read the package in the order of its files' imports: errors, solve, edits, sites, text, task, methods, hub, adapter, mapping,
-fusing, loras, hook, status, attach, serving, mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of
+fusing, loras, hook, status, fitting, attach, verbs, serving, mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of
 pictures `diffusers_erase.bench`.
 """
 
 from . import world
 from .adapter import ErasureAdapter, compose, sign_erasure
-from .attach import (
+from .erasing import erase
+from .errors import ConflictError, EraseError, MismatchError
+from .exporting import export_erased
+from .factors import Factors
+from .importing import import_erasure
+from .mixin import ErasureLoaderMixin, disable, enable
+from .serving import ErasurePolicy, enforce_policy, erasing, release_policy
+from .status import ErasureStatus, Receipt, erasure_status, get_active_erasures, get_list_erasures
+from .task import METHODS, method
+from .text import PackRecipe
+from .verbs import (
     delete_erasures,
     disable_erasure,
     enable_erasure,
@@ -24,16 +34,6 @@ from .attach import (
     unfuse_erasure,
     unload_erasure,
 )
-from .erasing import erase
-from .errors import ConflictError, EraseError, MismatchError
-from .exporting import export_erased
-from .factors import Factors
-from .importing import import_erasure
-from .mixin import ErasureLoaderMixin, disable, enable
-from .serving import ErasurePolicy, enforce_policy, erasing, release_policy
-from .status import ErasureStatus, Receipt, erasure_status, get_active_erasures, get_list_erasures
-from .task import METHODS, method
-from .text import PackRecipe
 from .version import __version__
 
 __all__ = [

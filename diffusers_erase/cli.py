@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import attach, exporting, importing, status
+from . import exporting, importing, status, verbs
 from .adapter import ErasureAdapter, sign_erasure
 from .adapter import compose as compose_adapters
 from .adapter import pull as pull_adapter
@@ -120,7 +120,7 @@ def generate(
 
     pipe = _pipeline(model)
     if adapter:
-        attach.load_erasure(pipe, list(adapter), strength=strength)
+        verbs.load_erasure(pipe, list(adapter), strength=strength)
         out.print(str(status.erasure_status(pipe)))
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -161,7 +161,7 @@ def load_check(
 ) -> None:
     """Attach ADAPTER to MODEL, all checks on, and say what is in force. Exit code 2 where it does not fit."""
     pipe = _pipeline(model)
-    attach.load_erasure(pipe, list(adapters), public_key=key)
+    verbs.load_erasure(pipe, list(adapters), public_key=key)
     out.print(str(status.erasure_status(pipe)))
 
 
@@ -202,7 +202,7 @@ def export(
 ) -> None:
     """Write MODEL with ADAPTER fused in as a plain diffusers folder, reload and probe it."""
     pipe = _pipeline(model)
-    attach.load_erasure(pipe, list(adapters), strength=strength, mode="fused" if linear else "auto")
+    verbs.load_erasure(pipe, list(adapters), strength=strength, mode="fused" if linear else "auto")
     out.print(f"saved: {exporting.export_erased(pipe, folder, linear=linear, unet_file=unet_file)}")
 
 

@@ -283,6 +283,17 @@ class Edit:
         """This edit with `strength` w of its effect: residual r of each concept alone becomes 1 − w(1 − r)."""
         if strength == 1.0:
             return self
+        if strength not in self._milder:
+            self._milder.clear()
+            self._milder[strength] = self._softened(strength)
+        return self._milder[strength]
+
+    @cached_property
+    def _milder(self) -> dict[float, "Edit"]:
+        """What `softened` gave last: calibrating is the slow part, and a `Pool` knows its edits by identity."""
+        return {}
+
+    def _softened(self, strength: float) -> "Edit":
         strengths = self.strengths.clone()
         for concept in self.concepts:
             alone = self.alone(concept)

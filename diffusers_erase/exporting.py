@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import hub
-from .attach import fuse_erasure, loaded, unfuse_erasure
+from .attach import loaded
 from .errors import EraseError
 from .sites import POOLED, TEXT, probe_arguments, reads_images, text_readers, unwrapped
 from .status import erasure_status, versions
 from .text import PROBES, Encoder
+from .verbs import fuse_erasure, unfuse_erasure
 
 CONTENTS = "erasures.json"
 """Beside an exported model: which erasures it holds."""

@@ -72,6 +72,13 @@ class Rules(NamedTuple):
         return Rules("follow" if follow else "error", max(limits) if len(limits) == 2 else None, allowed)
 
 
+class Pools(NamedTuple):
+    """By space, what was solved already and a choice is taken from quickly: edits as they are, and at their strengths."""
+
+    full: dict[str, Pool]
+    soft: dict[str, Pool]
+
+
 class PerCall(NamedTuple):
     """The sets of one `with erasing(...)`."""
 
@@ -104,8 +111,7 @@ class Registry:
     """By a policy: what a request may add."""
     edits: dict[str, Edit] = field(default_factory=dict)
     """What acts now, by space of text states; empty where nothing does."""
-    pools: dict[str, Pool] = field(default_factory=dict)
-    """By space what was solved already, from which a choice is taken quickly."""
+    pools: Pools = field(default_factory=lambda: Pools({}, {}))
     factors: Factors | None = None
     """What acts on the denoiser's layers beside them; in fused form only."""
     maps: dict[str, EmbeddingMap] = field(default_factory=dict)

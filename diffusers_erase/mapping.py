@@ -63,21 +63,33 @@ class EmbeddingMap:
         return (e + moved).to(states.dtype)
 
 
+def effects(encoder: Encoder, asked: Sequence[tuple[Mapping[str, Edit], str]]) -> list[float]:
+    """Of each (edits by space, concept): share of the way to its target that the bare name of the concept goes under its own
+    rows alone, averaged over token roles; of several spaces the smallest share. All names are encoded in shared batches."""
+    alone = [(name, [edit.only(name) for edit in edits.values()]) for edits, name in asked]
+    named = [(name, edit, tuple(row.role for row in _own(edit, name).labels)) for name, some in alone for edit in some]
+    states: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+    for roles in dict.fromkeys(roles for _, _, roles in named):
+        names = list(dict.fromkeys(name for name, _, own in named if own == roles))
+        states |= dict(zip(((name, roles) for name in names), encoder.table(names, roles, ("{}",)), strict=True))
+    shares = iter(_share(edit, _own(edit, name).offsets, states[name, roles]) for name, edit, roles in named)
+    return [min(next(shares) for _ in some) for _, some in alone]
+
+
 def effect(encoder: Encoder, edits: Mapping[str, Edit], concept: str) -> float:
-    """Share of the way to its target that the bare name of `concept` goes under its own rows alone, averaged over token
-    roles; of several spaces the smallest share."""
-    return min(_effect(encoder, edit.only(concept), concept) for edit in edits.values())
+    """`effects` of one concept."""
+    return effects(encoder, [(edits, concept)])[0]
 
 
-def _effect(encoder: Encoder, edit: Edit, concept: str) -> float:
-    mapping = EmbeddingMap(edit)
-    rows = [i for i, label in enumerate(edit.labels) if label.name == concept]
-    states = encoder.rows(concept, tuple(edit.labels[i].role for i in rows), ("{}",))
-    shares = []
-    for i in rows:
-        e, D = states[edit.labels[i].role].float(), edit.offsets[i].float()
-        shares.append(float((mapping(e[None])[0] - e) @ D / (D @ D)))
-    return sum(shares) / len(shares)
+def _own(edit: Edit, concept: str) -> Edit:
+    """Rows whose key is the concept's own name, not a co-reference."""
+    return edit.take(i for i, label in enumerate(edit.labels) if label.name == concept)
+
+
+def _share(edit: Edit, offsets: Tensor, states: Tensor) -> float:
+    """Mean over rows of ⟨moved, d⟩ / ‖d‖² for `states` and their offsets `[roles, d]`."""
+    e, D = states.float(), offsets.float()
+    return float((((EmbeddingMap(edit)(e) - e) * D).sum(-1) / (D * D).sum(-1)).mean())
 
 
 def _dense(*sets: Edit | None) -> dict[str, Tensor]:

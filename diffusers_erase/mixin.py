@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from . import attach, status
+from . import status, verbs
 from .errors import EraseError
 from .status import ErasureStatus
 
@@ -21,29 +21,29 @@ class ErasureLoaderMixin:
 
     def load_erasure(self, source: Any, adapter_name: str | Sequence[str] | None = None, **options: Any) -> None:
         """See `diffusers_erase.load_erasure`."""
-        attach.load_erasure(self, source, adapter_name, **options)
+        verbs.load_erasure(self, source, adapter_name, **options)
 
     def unload_erasure(self) -> None:
         """See `diffusers_erase.unload_erasure`."""
-        attach.unload_erasure(self)
+        verbs.unload_erasure(self)
 
     def delete_erasures(self, adapter_names: str | Sequence[str]) -> None:
         """See `diffusers_erase.delete_erasures`."""
-        attach.delete_erasures(self, adapter_names)
+        verbs.delete_erasures(self, adapter_names)
 
     def set_erasures(
         self, adapter_names: str | Sequence[str], strengths: float | Sequence[float] | None = None
     ) -> None:
         """See `diffusers_erase.set_erasures`."""
-        attach.set_erasures(self, adapter_names, strengths)
+        verbs.set_erasures(self, adapter_names, strengths)
 
     def enable_erasure(self, **options: Any) -> None:
         """See `diffusers_erase.enable_erasure`."""
-        attach.enable_erasure(self, **options)
+        verbs.enable_erasure(self, **options)
 
     def disable_erasure(self) -> AbstractContextManager[None]:
         """See `diffusers_erase.disable_erasure`."""
-        return attach.disable_erasure(self)
+        return verbs.disable_erasure(self)
 
     def get_active_erasures(self) -> list[str]:
         """See `diffusers_erase.get_active_erasures`."""
@@ -55,19 +55,19 @@ class ErasureLoaderMixin:
 
     def fuse_erasure(self) -> None:
         """See `diffusers_erase.fuse_erasure`."""
-        attach.fuse_erasure(self)
+        verbs.fuse_erasure(self)
 
     def unfuse_erasure(self) -> None:
         """See `diffusers_erase.unfuse_erasure`."""
-        attach.unfuse_erasure(self)
+        verbs.unfuse_erasure(self)
 
     def save_erasure(self, directory: str | Path, adapter_name: str | None = None) -> Path:
         """See `diffusers_erase.save_erasure`."""
-        return attach.save_erasure(self, directory, adapter_name)
+        return verbs.save_erasure(self, directory, adapter_name)
 
     def lock_erasures(self, path: str | Path = "erasures.lock") -> Path:
         """See `diffusers_erase.lock_erasures`."""
-        return attach.lock_erasures(self, path)
+        return verbs.lock_erasures(self, path)
 
     def erasure_status(self) -> ErasureStatus:
         """See `diffusers_erase.erasure_status`."""

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -167,6 +168,9 @@ class TextSide(NamedTuple):
 class Encoder:
     """The text side of a pipeline: prompts in, states out. Reads the pipe and changes nothing.
 
+    One object serves one call: what it has read it remembers, so after a change of the pipe make another. Nothing is kept
+    longer, since nothing tells that an encoder is as it was: the scale of a LoRA on it is a number that no tensor shows.
+
     Example:
         >>> encoder = Encoder(pipe)
         >>> encoder.rows("Van Gogh", ("subject", "eot"), TEMPLATES)["subject"].shape
@@ -238,17 +242,25 @@ class Encoder:
         follows; `pooled` the prompt's one state in the pooled space.
         """
         asked = (name, tuple(roles), tuple(templates))
-        if asked in self._rows:  # of a hundred concepts with one target it is read once
-            return self._rows[asked]
-        check_templates(templates)
-        states = self.encode([t.replace("{}", name) for t in templates])
-        found: dict[str, list[Tensor]] = {role: [] for role in roles}
-        for i, template in enumerate(templates):
-            last = self._last_token(template, name, states.ids[i])
-            for role in roles:
-                found[role].append(_row(states, i, role, last, self.length(name)).double())
-        self._rows[asked] = {role: sum(rows[1:], rows[0]) / len(templates) for role, rows in found.items()}
+        if asked not in self._rows:  # of a hundred concepts with one target it is read once
+            self._rows[asked] = dict(zip(roles, self.table([name], roles, templates)[0], strict=True))
         return self._rows[asked]
+
+    def table(self, names: Sequence[str], roles: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """The rows of many names, `[names, roles, d]` (float64), their prompts encoded in batches that names share."""
+        check_templates(templates)
+        prompts = [(template, name) for name in names for template in templates]
+        found: list[Tensor] = []
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            states = self.encode([template.replace("{}", name) for template, name in batch])
+            for i, (template, name) in enumerate(batch):
+                last = self._last_token(template, name, states.ids[i])
+                rows = [_row(states, i, role, last, self.length(name)).double() for role in roles]
+                found.append(torch.stack(rows))
+        return torch.stack(
+            [sum(found[i + 1 : i + len(templates)], found[i]) for i in range(0, len(found), len(templates))]
+        ) / len(templates)
 
     def null_rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
         """Where the empty target lies: its own EOT and pads for these roles, for names the mean of all rows but the start token.
@@ -301,7 +313,7 @@ class Encoder:
 
     def fingerprint(self) -> Fingerprint:
         """This encoder's answer to the fixed probe prompts."""
-        states = self.encode(PROBES)
+        states = self._probed
         probed = [rows[states.end(i)] for i, rows in enumerate(states.rows)]
         probed += [rows[len(ids)] for rows, ids in zip(states.rows, states.ids, strict=True) if ids]
         spelt = [_hash(self._ids(PROBES, tokenizer)) for tokenizer in self.tokenizers]
@@ -319,11 +331,15 @@ class Encoder:
 
     def states_digest(self) -> str:
         """Exact digest of this encoder's answers in this dtype on this machine: good as a cache key, not as an identity."""
-        states = self.encode(PROBES)
+        states = self._probed
         digest = hashlib.sha256(states.rows.numpy().tobytes())
         if states.pooled is not None:
             digest.update(states.pooled.numpy().tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def _probed(self) -> States:
+        return self.encode(PROBES)
 
     def _ids(self, prompts: Sequence[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts)

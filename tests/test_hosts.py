@@ -618,7 +618,8 @@ def test_nothing_about_erasures_is_a_call_keyword(pipe):
     assert torch.equal(given, found) and get_active_erasures(pipe) == ["cat"]
     assert not any("erasure" in p for p in inspect.signature(DiffusionPipeline.__call__).parameters)
     source = "".join(
-        inspect.getsource(m) for m in (diffusers_erase.attach, diffusers_erase.mixin, diffusers_erase.sites)
+        inspect.getsource(m)
+        for m in (diffusers_erase.attach, diffusers_erase.verbs, diffusers_erase.mixin, diffusers_erase.sites)
     )
     assert "type(pipe).__call__" not in source and "pipe.__call__" not in source
 

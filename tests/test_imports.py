@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_erase"
 # fmt: off
 READING_ORDER = [
     "version", "errors", "solve", "edits", "factors", "sites", "text", "targets", "task", "train", "methods",
-    "hub", "card", "signing", "adapter", "lock", "mapping", "fusing", "loras", "hook", "status", "attach", "serving", "mixin", "erasing",
+    "hub", "card", "signing", "adapter", "lock", "mapping", "fusing", "loras", "hook", "status", "fitting",
+    "attach", "verbs", "serving", "mixin", "erasing",
     "importing", "exporting", "world", "bench", "cli",
 ]
 # fmt: on

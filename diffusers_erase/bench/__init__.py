@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import ErasureAdapter
-from ..attach import load_erasure, unload_erasure
 from ..errors import EraseError
 from ..status import erasure_status
+from ..verbs import load_erasure, unload_erasure
 from . import images, parts
 from .beside import Beside, setting_of
 from .evaluation import Evaluation, looking

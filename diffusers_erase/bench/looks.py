@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import ErasureAdapter
-from ..attach import EmbeddingMap
+from ..mapping import EmbeddingMap
 from ..text import Encoder
 from . import distances, images
 from .measures import Measure

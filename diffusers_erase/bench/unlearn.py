@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from .. import hub
-from ..attach import load_erasure
 from ..errors import EraseError
 from ..status import erasure_status
+from ..verbs import load_erasure
 
 
 @dataclass(frozen=True)

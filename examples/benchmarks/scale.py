@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from diffusers_erase.adapter import ErasureAdapter, Recipe
-from diffusers_erase.attach import EmbeddingMap
 from diffusers_erase.edits import Edit, Label, Pool
+from diffusers_erase.mapping import EmbeddingMap
 from diffusers_erase.text import Fingerprint
 
 LAYERS = {
@@ -46,13 +46,14 @@ def edits(count, width):
     background = states(2 * width, width, 1).double()
     gram = background.mT @ background / len(background)
     gram += 0.005 * gram.trace() / width * torch.eye(width)
-    keys, goals = states(2 * count, width, 2), states(2 * count, width, 3)
+    keys = states(2 * count, width, 2)
+    offsets = states(2 * count, width, 3) - keys
     pulled = torch.cholesky_solve(keys.double().mT, torch.linalg.cholesky(gram)).mT.float()
     made = []
     for i in range(count):
         rows, name = slice(2 * i, 2 * i + 2), f"concept {i:05}"
         labels = tuple(Label(name, name, role, ()) for role in ("eot", "subject"))
-        edit = Edit(labels, keys[rows], (goals - keys)[rows], torch.ones(2), pulled[rows], "benchmark", "0" * 64)
+        edit = Edit(labels, keys[rows], offsets[rows], torch.ones(2), pulled[rows], "benchmark", "0" * 64)
         made.append(edit.calibrated(0.02) if i < 50 else edit)
     typical = statistics.median(float(edit.strengths[0]) for edit in made[:50])
     return [made[i] if i < 50 else strengthened(edit, typical) for i, edit in enumerate(made)]

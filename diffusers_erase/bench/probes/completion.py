@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
-from ...attach import enable_erasure
 from ...status import get_active_erasures
+from ...verbs import enable_erasure
 from .probe import Attack, probe
 from .subject import Subject, grouped
 

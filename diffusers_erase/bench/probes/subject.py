@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...attach import disable_erasure
 from ...errors import EraseError
 from ...status import erasure_status
 from ...text import Encoder, check_templates
+from ...verbs import disable_erasure
 
 OnStep = Callable[[int, Tensor], Tensor]
 """Called after step i (from 0) with the latents `[n, c, h, w]`; returns those to go on with."""
