@@ -116,6 +116,28 @@ class ErasureAdapter:
         return edits.saturation(self.edits)
 
     @property
+    def gated(self) -> bool:
+        """Whether a row has a gate, which acts as a map only."""
+        return any(label.gate for edit in self.edits.values() for label in edit.labels)
+
+    @property
+    def linear(self) -> "ErasureAdapter":
+        """The same rows without gates: what the fused weights and LoRA twins of a gated adapter are. Itself where there is no gate.
+
+        Example:
+            >>> report = evaluate(pipe, {"map": adapter, "linear part": adapter.linear}, suite, judges, "evaluation")
+            >>> adapter.save_pretrained("erase-van-gogh", model=pipe, report=report.to_json())  # the card states both
+        """
+        if not self.gated:
+            return self
+        plain = {
+            space: replace(edit, labels=tuple(label._replace(gate=None) for label in edit.labels))
+            for space, edit in self.edits.items()
+        }
+        recipes = tuple(replace(recipe, effect=None) for recipe in self.recipes)  # it was measured with the gate
+        return replace(self, edits=plain, recipes=recipes, origin=None, readme="")
+
+    @property
     def size(self) -> int:
         """Bytes of the rows or factors."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
@@ -288,6 +310,7 @@ class ErasureAdapter:
             kind=self.kind,
             content=self._content(),
             digest=self.digest,
+            linear=self.linear.digest if self.gated else None,
             base_model=self.base_model,
             **{"files": (), "repository": None, "report": None, "pictures": {}, "license": None} | about,
         )
@@ -298,7 +321,7 @@ class ErasureAdapter:
         if self.factors is not None:
             return " ".join([f"Factors of {len(self.factors.pairs)} layers: {self.size} bytes.", *imported])
         preserved = ", ".join(self.edit.preserved) or "none by name"
-        gated = [card.GATED] if any(label.gate for label in self.edit.labels) else []
+        gated = [card.GATED] if self.gated else []
         rows = f"Preserved: {preserved}. Base pack: {self.edit.pack}. Rows: {self.size} bytes."
         return " ".join([rows, *gated, *imported])
 
@@ -318,7 +341,7 @@ class ErasureAdapter:
             twins = {hub.LORA: self.to_lora(model), f"{self.name}{hub.KOHYA}": self.to_kohya(model)}
         old = hub.read_text(Path(directory, hub.CARD)) or (card.carried(self.readme) if self.readme else "")
         card.merge(old, self.card(report=facts))  # whatever is wrong with them is said before anything is written
-        folder = hub.write_adapter(directory, self._tensors(), self._head(), twins)
+        folder = hub.write_adapter(directory, self._tensors(), self._head(), twins, linear=self.gated)
         about = {"pictures": hub.write_pictures(folder, images or {}), "files": tuple(hub.folder_files(folder))}
         text = self.card(report=facts, license=license, repository=repository, **about)
         hub.write_text(folder / hub.CARD, card.merge(old, text, license))

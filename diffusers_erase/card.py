@@ -39,6 +39,7 @@ def new(
     kind: str,
     content: str,
     digest: str,
+    linear: str | None,
     base_model: str,
     files: Sequence[str],
     repository: str | None,
@@ -52,6 +53,7 @@ def new(
         rows: what `COLUMNS` says, one for each concept.
         kind: `rows` or `factors`.
         content: what it holds and where it is from.
+        linear: digest of a gated adapter's linear part, whose measurements are told beside its own.
         files: names of the other files in its folder; twins among them are explained.
         repository: where it will be found, if that is known.
         report: `report.json` of an evaluation of this very adapter.
@@ -76,7 +78,7 @@ def new(
         twins=f"{_twins(files)} " if twin else "",
         composing=COMPOSING[kind],
     )
-    parts = _part("erasure", digest, about) + "\n" + _tested(digest, report)
+    parts = _part("erasure", digest, about) + "\n" + _tested(digest, linear, report)
     return hub.card_text(metadata, (GALLERY if pictures else "") + parts)
 
 
@@ -161,30 +163,41 @@ def _twins(files: Sequence[str]) -> str:
     )
 
 
-def _tested(digest: str, report: Mapping[str, Any] | None) -> str:
+def _tested(digest: str, linear: str | None, report: Mapping[str, Any] | None) -> str:
     if report is None:
         return _part("untested", digest, f"**Not tested by making this file:** {', '.join(UNTESTED)}. {_LIMITS}")
-    tried = [trial for trial in _dicts(report.get("trials")) if _dict(trial.get("adapter")).get("digest") == digest]
-    rows = [
-        [str(trial.get("name")), str(measured.get("title")), str(measured.get("should_be")), *_numbers(share)]
-        for trial in tried
-        for measured in _dicts(trial.get("dimensions"))
-        if _countable(share := _dict(measured.get("share")))
-    ]
+    rows, plain = _measured(report, digest), _measured(report, linear, LINEAR) if linear else []
     if not rows:
         raise EraseError(
             f"the report has no measurements of the adapter {digest[:12]}: evaluate this very adapter, or leave the report out"
         )
     suite, model, left = _dict(report.get("suite")), _dict(report.get("model")), report.get("not_tested")
     listed = [f"- {line}" for line in left if isinstance(line, str)] if isinstance(left, list) else []
+    listed += ["- its linear part, which fused weights and LoRA twins are"] if linear and not plain else []
     about = (
         f"Suite: {_cell(str(suite.get('name')))} {suite.get('version', '')} on {_cell(str(model.get('name')))}. Of the pictures that "
         f"the unedited model got right, the share that still shows what it should: left of the concept, kept of the rest."
     )
-    table = _table(("erasure", "pictures of", "should be", "share", "95 % interval", "n"), rows)
+    table = _table(("erasure", "pictures of", "should be", "share", "95 % interval", "n"), rows + plain)
     return _part(
         "tested", digest, "\n\n".join([about, table, "**Not tested:**", "\n".join(listed or ["- unknown"]), _LIMITS])
     )
+
+
+def _measured(report: Mapping[str, Any], digest: str, suffix: str = "") -> list[list[str]]:
+    """A line for each share that `report` has of the adapter `digest`."""
+    return [
+        [
+            str(trial.get("name")).removesuffix(suffix) + suffix,
+            str(measured.get("title")),
+            str(measured.get("should_be")),
+            *_numbers(share),
+        ]
+        for trial in _dicts(report.get("trials"))
+        if _dict(trial.get("adapter")).get("digest") == digest
+        for measured in _dicts(trial.get("dimensions"))
+        if _countable(share := _dict(measured.get("share")))
+    ]
 
 
 def _numbers(share: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -211,6 +224,7 @@ COMPOSING = {
     "rows": "Attached by this package, several erasures are solved together, exactly. Their LoRA twins only add up, which is not the same.",
     "factors": "Factors of several erasures, and their LoRA twins, only add up: each was made as if the others were not there.",
 }
+LINEAR = " (linear part)"
 GATED = "It has a gate; fused weights and LoRA twins are its linear part and reach further."
 
 _ABOUT = """# Erasure: {names}

@@ -263,6 +263,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="An erasure to try: PATH or NAME=PATH; repeat for more, each is tried alone."),
     ] = None,
+    linear: Annotated[
+        bool,
+        typer.Option(help="Try the linear part of gated erasures as well, which fused weights and LoRA twins are."),
+    ] = False,
     control: Annotated[bool, typer.Option(help="Try nothing as well: the control, where nothing is erased.")] = False,
     concept: Annotated[
         list[str] | None, typer.Option(help="What to judge, if not what each adapter erases; repeat for more.")
@@ -302,6 +306,8 @@ def evaluate(
     adapters: dict[str, ErasureAdapter | None] = dict(_named_adapter(text) for text in adapter or ())
     if len(adapters) < len(adapter or ()):
         raise EraseError("two adapters have one name: give names of your own, --adapter NAME=PATH")
+    if linear:
+        adapters |= {f"{name} (linear part)": a.linear for name, a in adapters.items() if a is not None and a.gated}
     if control:
         adapters["no edit"] = None
     share = (bench.Shard.parse(shard) if shard else bench.WHOLE).split()

@@ -76,7 +76,7 @@ def _check(pipe: Any, linear: bool) -> None:
             "no erasure is in force: enable_erasure() first, or save the plain model with pipe.save_pretrained"
         )
     active = {name: registry.entries[name].adapter for name in registry.in_force}
-    gated = [n for n, a in active.items() if any(row.gate for edit in a.edits.values() for row in edit.labels)]
+    gated = [n for n, adapter in active.items() if adapter.gated]
     if gated and not linear:
         raise EraseError(
             f"{gated[0]} has a gate, which exists only as a map and would be left out: export its linear part with linear=True, which "

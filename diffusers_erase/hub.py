@@ -97,8 +97,11 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     head: dict[str, Any],
     twins: Mapping[str, Mapping[str, Tensor]],
+    linear: bool = False,
 ) -> Path:
     """Write an adapter folder, with LoRA twins by file name; each file appears whole or not at all.
+
+    A twin's metadata names the adapter that it is of, and says where it is its `linear` part only.
 
     Twins and a signature that lie there stay only if they are of this very adapter.
     """
@@ -117,8 +120,9 @@ def write_adapter(
             path.unlink()
     write_tensors(folder / WEIGHTS, tensors, {"erasure": canonical(head)})
     write_text(folder / CONFIG, readable(head))
+    of = head["digest"] + (" (linear part)" if linear else "")
     for name, state in twins.items():
-        write_tensors(folder / name, state, {"erasure_twin": head["digest"]})  # one key: several have no fixed order
+        write_tensors(folder / name, state, {"erasure_twin": of})  # one key: several have no fixed order
     return folder
 
 

@@ -5,10 +5,10 @@ it gives these erasures with these bits, or an error.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import hub
 from .adapter import ErasureAdapter
@@ -34,6 +34,19 @@ class Requested:
     strength: float = 1.0
     name: str | None = None
     """None where none was asked for."""
+
+
+class Locked(NamedTuple):
+    """One erasure as a lock file names it."""
+
+    name: str
+    source: str
+    """A repository, or a path as seen from the lock file."""
+    subfolder: str
+    commit: str | None
+    """None for a path."""
+    digest: str
+    strength: float
 
 
 def gather(source: Any, strength: float = 1.0, **where: Any) -> list[Requested]:
@@ -100,13 +113,20 @@ def read_lock(path: str | Path, **where: Any) -> list[Requested]:
         MismatchError: the file is not a lock file, or an erasure is not the one that was locked.
     """
     path = Path(path)
+    return [_fetched(entry, path, where) for entry in locked(path)]
+
+
+def locked(path: str | Path) -> list[Locked]:
+    """What a lock file says, without fetching anything.
+
+    Raises:
+        EraseError: there is no such file.
+        MismatchError: it is not a lock file.
+    """
+    path = Path(path)
     if not path.is_file():
         raise EraseError(f"no lock file at {path}: write one with lock_erasures, or diffusers-erase lock")
-    return [_locked(entry, path, where) for entry in _entries(path)]
-
-
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    data = hub.read_json(path)
+    data, found = hub.read_json(path), {}
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("erasures"), list):
         raise MismatchError(f"{path} is not a lock file of format {FORMAT}: write it again with lock_erasures")
     for entry in data["erasures"]:
@@ -118,24 +138,27 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
             raise MismatchError(
                 f"an entry of {path} does not have exactly the fields {', '.join(FIELDS)}: write it again"
             )
-        yield entry
+        if entry["name"] in found:
+            raise MismatchError(f"{path} has two erasures called {entry['name']!r}: write it again")
+        found[entry["name"]] = Locked(**entry | {"strength": float(entry["strength"])})
+    return list(found.values())
 
 
-def _locked(entry: dict[str, Any], path: Path, where: dict[str, Any]) -> Requested:
-    place, commit = entry["source"], entry["commit"]
+def _fetched(entry: Locked, path: Path, where: dict[str, Any]) -> Requested:
+    place, commit = entry.source, entry.commit
     if commit is not None and not (hub.REPOSITORY.fullmatch(place) and hub.COMMIT.fullmatch(commit)):
         raise MismatchError(
             f"{path} pins {place!r} to {commit!r}: expected a repository and a commit of 40 hex digits"
         )
     if commit is None:
         place = path.parent / place
-    found = ErasureAdapter.from_pretrained(place, **where | {"revision": commit, "subfolder": entry["subfolder"]})
-    if found.digest != entry["digest"]:
+    found = ErasureAdapter.from_pretrained(place, **where | {"revision": commit, "subfolder": entry.subfolder})
+    if found.digest != entry.digest:
         raise MismatchError(
-            f"{entry['name']!r} at {found.origin} has digest {found.digest[:12]}, {path} locks {entry['digest'][:12]}: it was "
+            f"{entry.name!r} at {found.origin} has digest {found.digest[:12]}, {path} locks {entry.digest[:12]}: it was "
             f"replaced; lock it again if that is meant"
         )
-    return Requested(found, float(entry["strength"]), entry["name"])
+    return Requested(found, entry.strength, entry.name)
 
 
 def _place(source: str, lock: Path) -> str:

@@ -3,14 +3,16 @@
 A policy for serving, not a sandbox: code in the same process can reach the model and take anything off.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .attach import hold, known, loaded, sets_in_force
-from .errors import EraseError
+from .errors import EraseError, MismatchError
 from .hook import Registry
+from .lock import Locked, locked
 from .status import Receipt, receipt
 
 
@@ -27,6 +29,8 @@ class ErasurePolicy:
 
     mandatory: Sequence[str]
     optional: Sequence[str] = ()
+    pinned: Mapping[str, Locked] = field(default_factory=dict)
+    """Of mandatory erasures what a lock file says of them (see `from_lock`)."""
 
     def __post_init__(self):
         for name in ("mandatory", "optional"):
@@ -37,18 +41,42 @@ class ErasurePolicy:
         if both := set(self.mandatory) & set(self.optional):
             raise EraseError(f"{min(both)!r} is mandatory and optional: name it once")
 
+    @classmethod
+    def from_lock(cls, path: str | Path, optional: Sequence[str] = ()) -> "ErasurePolicy":
+        """The set of a lock file as what is mandatory: these digests, each with the strength that it has there at least.
+
+        Raises:
+            EraseError: there is no such file, or it is no lock file.
+
+        Example:
+            >>> load_erasure(pipe, "erasures.lock")
+            >>> enforce_policy(pipe, ErasurePolicy.from_lock("erasures.lock"))
+        """
+        pinned = {entry.name: entry for entry in locked(path)}
+        return cls(tuple(pinned), optional, pinned)
+
 
 def enforce_policy(pipe: Any, policy: ErasurePolicy) -> None:
     """Hold every later verb and request on `pipe` to `policy`: an erasure may be added, a mandatory one never taken away.
 
-    The mandatory erasures must be loaded and in force; the strength that they have now is the least they may have later.
+    The mandatory erasures must be loaded and in force; the strength that they have now is the least they may have later, or
+    that of the lock file that pins them.
 
     Raises:
         EraseError: one is not in force; the policy is not enforced then.
+        MismatchError: one is not what a lock file pins under its name.
     """
     registry = loaded(pipe)
     known(registry, (*policy.mandatory, *policy.optional))
-    hold(pipe, {name: registry.entries[name].strength for name in policy.mandatory}, frozenset(policy.optional))
+    least = {name: registry.entries[name].strength for name in policy.mandatory}
+    for name, pin in policy.pinned.items():
+        if (found := registry.entries[name].adapter.digest) != pin.digest:
+            raise MismatchError(
+                f"{name!r} has digest {found[:12]}, the lock file of this policy pins {pin.digest[:12]}: delete_erasures({name!r}), then "
+                f"load the lock file"
+            )
+        least[name] = pin.strength
+    hold(pipe, least, frozenset(policy.optional))
 
 
 def release_policy(pipe: Any) -> None:

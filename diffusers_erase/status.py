@@ -191,7 +191,7 @@ def _told(readers: Mapping[str, nn.Module], registry: Registry) -> Iterable[str]
     for name, entry in registry.entries.items():
         if not entry.verified:
             yield f"{name} was loaded with strict=False and does not match this pipeline"
-        if registry.mode != "map" and any(row.gate for edit in entry.adapter.edits.values() for row in edit.labels):
+        if registry.mode != "map" and entry.adapter.gated:
             yield f"{name} has a gate, which exists only as a map: its {registry.mode} form is the linear part"
         if entry.adapter.factors is not None:
             others = len(registry.entries) > 1

@@ -4,6 +4,7 @@ A concept is read as one *mean row* for each token role: the state of its last s
 token (EOT), or of the pads, averaged over templates. The start token is never a role: it is the same for every prompt.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -262,6 +263,19 @@ class Encoder:
             [sum(found[i + 1 : i + len(templates)], found[i]) for i in range(0, len(found), len(templates))]
         ) / len(templates)
 
+    def brief(self, prompts: Sequence[str]) -> "Encoder":
+        """An encoder of the same states that reads no more tokens than the longest of `prompts` has, instead of a whole window.
+
+        These encoders are causal: what follows a prompt's first EOT does not tell on its states up to there. Rounding differs,
+        and there are hardly any pads: for measuring many names quickly, not for rows that are kept.
+        """
+        longest = 2 + max(len(ids) for tokenizer in self.tokenizers for ids in self._ids(prompts, tokenizer))
+        view = copy.copy(self.pipe)  # shallow, and of the same class: its own `encode_prompt` reads
+        for name, _ in self.family.encoders:
+            if getattr(self.pipe, name, None) is not None:
+                vars(view)[name] = _Brief(getattr(self.pipe, name), longest)
+        return Encoder(view)
+
     def null_rows(self, roles: Sequence[str]) -> dict[str, Tensor]:
         """Where the empty target lies: its own EOT and pads for these roles, for names the mean of all rows but the start token.
 
@@ -355,6 +369,29 @@ class Encoder:
                 f"{name!r} merges with the words beside it in the template {template!r}: put spaces around {{}}"
             )
         return len(before)
+
+
+class _Brief:
+    """A tokenizer whose window is short. It pads by itself: a window that is set on the tokenizer would be every thread's."""
+
+    def __init__(self, tokenizer: Any, window: int):
+        self.tokenizer = tokenizer
+        self.model_max_length = window
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True, **padding: Any) -> Any:
+        found = self.tokenizer(text, add_special_tokens=add_special_tokens)
+        if not padding:
+            return found
+        rows = [ids + [self.tokenizer.pad_token_id] * (self.model_max_length - len(ids)) for ids in found["input_ids"]]
+        whole = torch.tensor(rows)
+        read = torch.tensor([len(ids) for ids in found["input_ids"]])[:, None] > torch.arange(self.model_max_length)
+        return type(found)({"input_ids": whole, "attention_mask": read.long()})
 
 
 def text_side(pipe: Any) -> TextSide | None:

@@ -240,8 +240,8 @@ def _form(registry: Registry, adapters: Sequence[ErasureAdapter]) -> str:
     """The form that `mode="auto"` means for a pipeline with these erasures and these new ones."""
     if registry.mode == "fused" or all(a.factors is None for a in adapters):
         return registry.mode
-    loaded = [entry.adapter for entry in registry.entries.values()] + list(adapters)
-    if gated := [a for a in loaded for edit in a.edits.values() for label in edit.labels if label.gate]:
+    together = [entry.adapter for entry in registry.entries.values()] + list(adapters)
+    if gated := [a for a in together if a.gated]:
         raise EraseError(
             f"factors exist in fused form only, in which the gate of {', '.join(gated[0].concepts)} is left out: accept that with "
             f"mode='fused', or do not load both"

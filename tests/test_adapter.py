@@ -6,6 +6,7 @@ import pytest
 import torch
 from attaching import AGREE, adapter, all_bits, by_hand, error, forward, states
 from conftest import make_pipe, make_unet, same_bits
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_erase import (
@@ -159,6 +160,25 @@ def test_the_card_says_what_was_not_tested(pipe, tmp_path):
         assert part in card
     assert "base_model:" not in replace(made, base_model="/home/me/model").card()  # no path of somebody's machine
     assert "base_model:" not in replace(made, base_model="").card()
+
+
+def test_the_linear_part_is_what_the_twin_of_a_gated_adapter_is(sd1, tmp_path):
+    gated, plain = adapter(sd1, "gated"), adapter(sd1, "cat")
+    assert gated.gated and not gated.linear.gated and gated.linear.digest != gated.digest
+    load_erasure(sd1, gated.linear)
+    linear = forward(sd1)
+    unload_erasure(sd1)
+    load_erasure(sd1, gated)
+    assert error(forward(sd1), linear) > 0.01  # control: the gate does something
+    unload_erasure(sd1)
+    sd1.load_lora_weights(gated.to_lora(sd1))
+    assert error(forward(sd1), linear) < AGREE
+    assert plain.linear is plain
+    sd1.unload_lora_weights()
+    for made, told in ((gated, f"{gated.digest} (linear part)"), (plain, plain.digest)):
+        folder = made.save_pretrained(tmp_path / made.name, model=sd1)
+        with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as opened:
+            assert opened.metadata() == {"erasure_twin": told}
 
 
 def test_size_is_the_bytes_of_the_rows(pipe):

@@ -1,6 +1,7 @@
 """Attaching: the three forms agree, every verb does what it says, sets compose exactly, and what comes off leaves no bit behind."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ from diffusers_erase import (
     unfuse_erasure,
     unload_erasure,
 )
+from diffusers_erase.mapping import effects
+from diffusers_erase.text import Encoder
 
 SETS = [("cat",), ("gogh",), ("pair",), ("ship",), ("cat", "gogh", "pair", "mild"), ("uce",)]
 
@@ -539,6 +542,29 @@ def test_strict_false_loads_a_foreign_encoders_adapter_and_says_so(pipe, tokeniz
     assert erasure_status(pipe).requested["cat"]["verified"] is True and "strict" not in str(erasure_status(pipe))
     wide = make_pipe(tokenizer, width=64)
     refused("width 64", load_erasure, pipe, erase(wide, "dog", method="uce"), strict=False)  # a width cannot be waived
+
+
+@one_family
+def test_a_name_that_goes_elsewhere_is_found_among_many(pipe):
+    """The effect of every concept is measured again at load, all names in one go."""
+    gogh, ship = adapter(pipe, "gogh"), adapter(pipe, "ship")
+    [recipe] = adapter(pipe, "cat").recipes
+    wrong = replace(adapter(pipe, "cat"), recipes=(replace(recipe, effect=recipe.effect - 0.5),))
+    before = forward(pipe)
+    refused(
+        f"'cat' goes {recipe.effect:.2f} of the way to its target here, {recipe.effect - 0.5:.2f} where",
+        load_erasure, pipe, [gogh, wrong, ship], residual_max=None, kind=MismatchError,
+    )  # fmt: skip
+    assert torch.equal(forward(pipe), before)
+    load_erasure(pipe, [gogh, wrong, ship], strict=False, residual_max=None)
+    told = {name: entry["verified"] for name, entry in erasure_status(pipe).requested.items()}
+    assert told == {"van-gogh": True, "cat": False, "ship": True}
+    asked = [(a.edits, a.concepts[0]) for a in (gogh, ship, wrong)]
+    one_by_one = [effects(Encoder(pipe), [each])[0] for each in asked]
+    assert effects(Encoder(pipe), asked) == pytest.approx(
+        one_by_one, abs=1e-4
+    )  # batches of other sizes round otherwise
+    assert one_by_one == pytest.approx([a.recipes[0].effect for a in (gogh, ship, adapter(pipe, "cat"))], abs=1e-3)
 
 
 @one_family

@@ -31,6 +31,21 @@ def test_a_report_is_told_and_what_it_left_out(made):
     assert "by making this file" in made.card()  # control
 
 
+def test_a_gated_adapter_and_its_linear_part_are_both_told(tokenizer):
+    gated = adapter(make_pipe(tokenizer), "gated")
+    both = report(gated.digest)
+    text = gated.card(report=both)
+    assert "- its linear part, which fused weights and LoRA twins are\n" in text  # nobody measured it
+    both["trials"].append(report(gated.linear.digest)["trials"][0] | {"name": "plain"})
+    text = gated.card(report=both)
+    assert "| mine | neighbours" in text and "| plain (linear part) | neighbours" in text and "its linear" not in text
+    with pytest.raises(
+        EraseError, match="no measurements of the adapter"
+    ):  # the linear part alone is not this adapter
+        gated.card(report=report(gated.linear.digest))
+    assert "linear part" in gated.card() and "linear part" not in gated.linear.card(report=report(gated.linear.digest))
+
+
 @pytest.mark.parametrize("odd", [{}, {"trials": None}, {"trials": [{"adapter": {"digest": "0"}}]}, {"trials": "abc"}])
 def test_a_report_about_something_else_is_refused(made, odd):
     with pytest.raises(EraseError, match="no measurements of the adapter"):
@@ -66,7 +81,7 @@ def test_saving_again_changes_no_byte_of_a_card(made, tmp_path):
 
 def test_the_words_of_a_concept_end_nothing(made):
     text = card.new(
-        [("a | b\n<!-- diffusers-erase: end -->", "x", "m", "t", "0", "1")], kind="rows", content="c", digest="ab",
+        [("a | b\n<!-- diffusers-erase: end -->", "x", "m", "t", "0", "1")], kind="rows", content="c", digest="ab", linear=None,
         base_model="", files=(), repository=None, report=None, pictures={}, license=None,
     )  # fmt: skip
     assert "a \\| b &lt;!--" in text and text.count("<!-- diffusers-erase: end -->") == 2

@@ -12,10 +12,14 @@ from attaching import AGREE, adapter, all_bits, by_hand, error, forward, look, s
 from conftest import make_unet, same_bits, sample
 from diffusers import (
     AnimateDiffPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     MotionAdapter,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    T2IAdapter,
 )
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from test_hosts import make_controlnet, refused, with_controlnet
@@ -23,6 +27,7 @@ from test_hosts import make_controlnet, refused, with_controlnet
 from diffusers_erase import (
     disable_erasure,
     enable_erasure,
+    erasing,
     erasure_status,
     fuse_erasure,
     get_active_erasures,
@@ -191,6 +196,48 @@ def test_a_motion_unet_made_later_takes_fused_weights_along_and_no_map(sd1):
     pipe = animated(sd1)
     unload_erasure(sd1)
     assert torch.equal(frames(pipe), erased) and not torch.equal(erased, base)
+
+
+def with_sketch(pipe):
+    """A T2I-Adapter, which feeds the UNet and reads no text."""
+    torch.manual_seed(2)
+    net = T2IAdapter(in_channels=3, channels=[32, 64], num_res_blocks=1, downscale_factor=2).eval()
+    parts = {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    made = StableDiffusionAdapterPipeline(
+        **parts, adapter=net, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    return made, {"image": torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))}
+
+
+def distilled(pipe):
+    """A latent consistency model: guidance is an embedding, the batch is never doubled."""
+    parts = {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+    made = LatentConsistencyModelPipeline(
+        **parts, unet=make_unet(32, time_cond_proj_dim=8), scheduler=LCMScheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return made, {}
+
+
+@pytest.mark.parametrize("kind", [with_sketch, distilled], ids=lambda kind: kind.__name__)
+def test_other_pipelines_around_a_unet_are_erased(sd1, kind):
+    (pipe, extra), made = kind(sd1), adapter(sd1, "cat")
+    pipe.set_progress_bar_config(disable=True)
+    given = embedded(pipe, made.edit)
+    if kind is distilled:
+        del given["negative_prompt_embeds"]
+    base, expected = sample(pipe, **extra), sample(pipe, None, **given, **extra)
+    load_erasure(pipe, made)
+    found = sample(pipe, **extra)
+    assert error(found, expected) < CLOSE < 1e-3 < error(found, base)
+    refused("not known to lay out", sample_with_rows, pipe, extra)
+    unload_erasure(pipe)
+    assert torch.equal(sample(pipe, **extra), base)
+
+
+def sample_with_rows(pipe, extra):
+    with erasing(pipe, rows=[["cat"]]):
+        sample(pipe, **extra)
 
 
 def test_a_second_controlnet_that_is_not_attached_raises(sd1):

@@ -358,6 +358,14 @@ def test_softened_keeps_that_share_of_the_effect(w):
     torch.testing.assert_close(strong.softened(w).strengths, asked.strengths, rtol=1e-6, atol=0)
 
 
+def test_softened_is_calibrated_once():
+    """A pool knows its edits by identity: the same strength again must not be another edit."""
+    strong = row("cat", "dog").calibrated(0.02)
+    half = strong.softened(0.5)
+    assert strong.softened(0.5) is half and strong.softened(0.9) is not half  # control
+    assert torch.equal(strong.softened(0.5).strengths, half.strengths)
+
+
 def test_softened_treats_every_concept_alone():
     cat, boat = row("cat", "dog").calibrated(0.02), row("boat", "").calibrated(0.3)
     both = union(cat, boat)

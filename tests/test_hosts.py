@@ -37,6 +37,7 @@ from diffusers_erase import (
     delete_erasures,
     disable_erasure,
     enable_erasure,
+    erasing,
     erasure_status,
     fuse_erasure,
     get_active_erasures,
@@ -255,6 +256,36 @@ def test_changing_the_set_compiles_at_most_one_more_graph(sd1):
         forward(sd1, text)
     assert first and len(graphs) <= 2 * first
     assert torch.isfinite(forward(sd1, text)).all()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("order", ["after", pytest.param("before", marks=pytest.mark.slow)])
+def test_a_gate_is_kept_when_compiled(sd1, order):
+    gated, text = adapter(sd1, "gated"), states(sd1, ("a painting by monet", "a photo of a cat"))
+    base = forward(sd1, text)
+    load_erasure(sd1, gated)
+    expected, linear = forward(sd1, text), forward_fused(sd1, text)
+    if order == "after":
+        unload_erasure(sd1)
+    sd1.unet.compile(backend="eager", fullgraph=True)
+    if order == "after":
+        assert error(forward(sd1, text), base) < AGREE
+        load_erasure(sd1, gated)
+    assert error(forward(sd1, text), expected) < AGREE < 0.01 < error(linear, expected)
+    with erasing(sd1, rows=[["monet"], []]):
+        row = forward(sd1, text)
+    assert error(row[:1], expected[:1]) < AGREE < error(expected, base)
+    assert error(row[1:], base[1:]) < AGREE
+    unload_erasure(sd1)
+    assert error(forward(sd1, text), base) < AGREE
+
+
+def forward_fused(pipe, text):
+    """One pass with the erasures in force written into the weights, and taken out again."""
+    fuse_erasure(pipe)
+    found = forward(pipe, text)
+    unfuse_erasure(pipe)
+    return found
 
 
 # --- F6: storage that cannot be written ---

@@ -13,11 +13,16 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from diffusers_erase import (
     EraseError,
     ErasureAdapter,
+    ErasurePolicy,
     MismatchError,
     disable_erasure,
+    enforce_policy,
+    erasing,
     erasure_status,
     load_erasure,
     lock_erasures,
+    release_policy,
+    set_erasures,
     sign_erasure,
     unload_erasure,
 )
@@ -141,6 +146,44 @@ def test_an_adapter_that_changed_under_its_lock_is_refused(clean, saved):
     unload_erasure(clean)
     adapter(clean, "gogh").save_pretrained(saved / "cat")
     refused(clean, path, "it was replaced")
+
+
+def test_a_policy_of_a_lock_file_holds_these_bits(clean, saved):
+    load_erasure(clean, [saved / "gogh", saved / "cat"], strength=0.8)
+    lock = lock_erasures(clean, saved / "erasures.lock")
+    policy = ErasurePolicy.from_lock(lock, optional=["ship"])
+    assert set(policy.mandatory) == {"van-gogh", "cat"}
+    load_erasure(clean, adapter(clean, "ship"), residual_max=None)
+    set_erasures(clean, ["van-gogh", "cat"])
+    enforce_policy(clean, policy)
+    with erasing(clean, []) as receipt:
+        assert {name: e["digest"] for name, e in receipt.adapters.items()} == {
+            name: pin.digest for name, pin in policy.pinned.items()
+        }
+    for names, strengths in ((["van-gogh"], None), (["van-gogh", "cat"], 0.7)):
+        with pytest.raises(EraseError, match="with strength 0.8"):
+            set_erasures(clean, names, strengths)
+    release_policy(clean)
+    set_erasures(clean, ["van-gogh", "cat"], 0.7)  # control: weaker than the file says
+    with pytest.raises(EraseError, match="with strength 0.8"):
+        enforce_policy(clean, policy)
+
+
+def test_a_policy_of_a_lock_file_refuses_another_adapter_of_the_name(clean, saved):
+    load_erasure(clean, saved / "cat")
+    lock = lock_erasures(clean, saved / "erasures.lock")
+    unload_erasure(clean)
+    load_erasure(clean, adapter(clean, "uce"), "cat")
+    with pytest.raises(MismatchError, match="the lock file of this policy pins") as caught:
+        enforce_policy(clean, ErasurePolicy.from_lock(lock))
+    assert "\n" not in str(caught.value)
+    unload_erasure(clean)  # nothing was enforced
+    with pytest.raises(EraseError, match="no lock file at"):
+        ErasurePolicy.from_lock(saved / "none.lock")
+    entries = json.loads(lock.read_text())
+    lock.write_text(json.dumps(entries | {"erasures": entries["erasures"] * 2}))
+    with pytest.raises(MismatchError, match="two erasures called 'cat'"):
+        ErasurePolicy.from_lock(lock)
 
 
 # --- signatures ---

@@ -20,7 +20,7 @@ from diffusers_erase.text import (
     roles_of,
 )
 from tests.cases import PACK
-from tests.conftest import make_pipe, make_tokenizer
+from tests.conftest import make_pipe, make_sdxl, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,39 @@ def prefix_state(pipe, text):
     """State of the last token of `text`. The encoder is causal: it is the same whatever follows."""
     ids, rows = states(pipe, text)
     return rows[ids.index(pipe.tokenizer.eos_token_id) - 1]
+
+
+@pytest.mark.parametrize("model", ["sd1", "sd2", "sdxl"])
+def test_a_brief_encoder_gives_the_same_states(tokenizer, tokenizer_2, model):
+    pipe = make_sdxl(tokenizer, tokenizer_2) if model == "sdxl" else make_pipe(tokenizer, family=model)
+    names, roles = ["cat", "van gogh", "zq"], ("subject", "eot")
+    encoder = Encoder(pipe)
+    brief = encoder.brief(names)
+    assert brief.encode(names).rows.shape[1] < 10 < encoder.encode(names).rows.shape[1]
+    for asked in (roles, ("pooled",)) if model == "sdxl" else (roles,):
+        whole = encoder.table(names, asked, ("{}",))
+        assert_close(brief.table(names, asked, ("{}",)), whole, atol=1e-4, rtol=0)  # float32 encoder
+        assert (whole[0] - whole[1]).abs().max() > 0.01  # control
+    with pytest.raises(EraseError, match="give a shorter name"):
+        brief.encode(["a photo of a cat in the street"])
+    assert pipe.tokenizer.model_max_length == 77 and encoder.encode(names).rows.shape[1] == 77  # the pipe is as it was
+
+
+def test_probe_prompts_are_read_once_a_call(tokenizer):
+    from diffusers import StableDiffusionPipeline
+
+    class Counting(StableDiffusionPipeline):
+        read = []
+
+        def encode_prompt(self, prompt, *args, **kwargs):
+            self.read.append(prompt)
+            return super().encode_prompt(prompt, *args, **kwargs)
+
+    pipe = Counting(**make_pipe(tokenizer).components, requires_safety_checker=False)
+    erase(pipe, "cat", pack=PACK)
+    assert pipe.read.count(list(PROBES)) == 1
+    erase(pipe, "dog", pack=PACK)  # another call asks again: the encoder may have changed meanwhile
+    assert pipe.read.count(list(PROBES)) == 2
 
 
 # --- Token roles ------------------------------------------------------------------------------------------------------

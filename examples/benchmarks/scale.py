@@ -24,7 +24,7 @@ import torch
 from diffusers_erase.adapter import ErasureAdapter, Recipe
 from diffusers_erase.edits import Edit, Label, Pool
 from diffusers_erase.mapping import EmbeddingMap
-from diffusers_erase.text import Fingerprint
+from diffusers_erase.text import Encoder, Fingerprint
 
 LAYERS = {
     768: [320] * 4 + [640] * 4 + [1280] * 4 + [1280] * 2 + [1280] * 6 + [640] * 6 + [320] * 6,
@@ -160,10 +160,61 @@ def verbs(count=100, many=1000):
     pipe.unet = type(pipe).unet.from_config(pipe.unet.config)
     names = [f"concept-{i:05}" for i in range(many)]
     everything = seconds(lambda: load_erasure(pipe, adapters, names, strict=False, residual_max=None), 1)
-    set_erasures(pipe, names[1:])  # solved once
-    off = iter(range(1, many))
-    toggled = seconds(lambda: set_erasures(pipe, [*names[: (i := next(off))], *names[i + 1 :]]), 20)
-    return {"load": loaded, "load many": everything, "toggle": toggled}
+    toggled = {}
+    for strength in (1.0, 0.5):
+        set_erasures(pipe, names[1:], strength)  # solved once
+        off = iter(range(1, many))
+        toggled[strength] = seconds(
+            lambda s=strength, off=off: set_erasures(pipe, [*names[: (i := next(off))], *names[i + 1 :]], s), 20
+        )
+    return {"load": loaded, "load many": everything, "toggle": toggled[1.0], "toggle half": toggled[0.5]}
+
+
+def checked(count=100):
+    """Loading `count` adapters of emoji-sd, every check on: its text encoder reads the probes and each concept's name."""
+    from diffusers_erase import erase, load_erasure, unload_erasure, world
+
+    pipe, names = world.load(), two_words(count)
+    with tempfile.TemporaryDirectory() as folder:
+        places = [erase(pipe, name).save_pretrained(Path(folder) / name) for name in names]
+
+        def load():
+            load_erasure(pipe, places, residual_max=None)
+            unload_erasure(pipe)
+
+        return seconds(load, 5)
+
+
+def reading(count=100):
+    """What the effect check of `count` adapters reads with a text encoder of CLIP ViT-L/14's shape (random weights)."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from diffusers_erase import world
+
+    tokenizer = world.load().tokenizer
+    size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    last = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    pipe = StableDiffusionPipeline(
+        vae=None, tokenizer=tokenizer, text_encoder=CLIPTextModel(CLIPTextConfig(**size, **last)).eval(),
+        unet=UNet2DConditionModel(
+            block_out_channels=(32,), layers_per_block=1, cross_attention_dim=768, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        ),
+        scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    names, roles = two_words(count), ("subject", "eot")
+    encoder = Encoder(pipe)
+    brief = seconds(lambda: encoder.brief(names).table(names, roles, ("{}",)), 3)
+    return brief, seconds(lambda: encoder.table(names, roles, ("{}",)), 1)
+
+
+def two_words(count):
+    """Names in emoji-sd's vocabulary."""
+    from diffusers_erase import world
+
+    pairs = [f"{a} {b}" for a in world.OBJECTS for b in world.OBJECTS if a != b]
+    return pairs[:: len(pairs) // count][:count]
 
 
 def main():
@@ -185,11 +236,17 @@ def main():
         for width in arguments.widths:
             for count in arguments.concepts:
                 print(f"| {width} | {count} | {' | '.join(cells(count, width))} |", flush=True)
-    found = verbs()
+    found, (brief, whole) = verbs(), reading()
+    print("\n| by the public verbs | CPU time |\n|---|---|")
+    print(f"| 100 adapters of emoji-sd loaded from their folders, every check on (n = 5) | {say(checked())} |")
     print(
-        f"\n100 adapters loaded from their folders: {say(found['load'])}; 1,000 from memory: {say(found['load many'])}; "
+        f"| 100 adapters of d = 768 loaded from their folders, no text encoder to check with (n = 1) | {say(found['load'])} |"
     )
-    print(f"one of these 1,000 toggled by set_erasures: {say(found['toggle'])} (n = 20).")
+    print(f"| the check's reading of 100 names with an encoder of CLIP ViT-L/14's shape (n = 3) | {say(brief)} |")
+    print(f"| the same names, padded to 77 tokens (n = 1) | {say(whole)} |")
+    print(f"| 1,000 adapters of d = 768 loaded from memory (n = 1) | {say(found['load many'])} |")
+    print(f"| one of these 1,000 toggled by `set_erasures` (n = 20) | {say(found['toggle'])} |")
+    print(f"| the same with all at strength 0.5 (n = 20) | {say(found['toggle half'])} |")
 
 
 def cells(count, width):
