@@ -283,10 +283,12 @@ class Edit:
         """This edit with `strength` w of its effect: residual r of each concept alone becomes 1 − w(1 − r)."""
         if strength == 1.0:
             return self
-        if strength not in self._milder:
+        found = self._milder.get(strength)
+        if found is None:
+            found = self._softened(strength)
             self._milder.clear()
-            self._milder[strength] = self._softened(strength)
-        return self._milder[strength]
+            self._milder[strength] = found
+        return found
 
     @cached_property
     def _milder(self) -> dict[float, "Edit"]:

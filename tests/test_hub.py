@@ -321,11 +321,6 @@ def test_rewriting_alone_changes_nothing(home, saved):
     assert ErasureAdapter.from_pretrained(saved).digest == adapter(home, "ship").digest
 
 
-def test_a_file_of_another_size_class_is_not_read(home, saved, monkeypatch):
-    monkeypatch.setattr(hub, "MAX_BYTES", 1000)
-    refused(home, saved, "at most 1000")
-
-
 # --- the cache and the model's own pack ---
 
 
