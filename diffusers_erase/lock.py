@@ -140,7 +140,7 @@ def locked(path: str | Path) -> list[Locked]:
             )
         if entry["name"] in found:
             raise MismatchError(f"{path} has two erasures called {entry['name']!r}: write it again")
-        found[entry["name"]] = Locked(**entry | {"strength": float(entry["strength"])})
+        found[entry["name"]] = Locked(**entry)._replace(strength=float(entry["strength"]))
     return list(found.values())
 
 

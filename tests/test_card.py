@@ -38,7 +38,11 @@ def test_a_gated_adapter_and_its_linear_part_are_both_told(tokenizer):
     assert "- its linear part, which fused weights and LoRA twins are\n" in text  # nobody measured it
     both["trials"].append(report(gated.linear.digest)["trials"][0] | {"name": "plain"})
     text = gated.card(report=both)
-    assert "| mine | neighbours" in text and "| plain (linear part) | neighbours" in text and "- its linear part" not in text
+    assert (
+        "| mine | neighbours" in text
+        and "| plain (linear part) | neighbours" in text
+        and "- its linear part" not in text
+    )
     with pytest.raises(
         EraseError, match="no measurements of the adapter"
     ):  # the linear part alone is not this adapter
