@@ -314,6 +314,42 @@ class Encoder:
         nearest: list[int] = (means[1:] @ means[0]).topk(min(count, len(words))).indices.tolist()
         return [words[i] for i in nearest]
 
+    def spliced(self, template: str, vectors: Tensor, name: str = "") -> Tensor:
+        """States `[1, tokens, d]` of `template` with words of these input embeddings `[k, e]`, and `name` after them, for its `{}`.
+
+        Can be differentiated by `vectors`.
+
+        Raises:
+            EraseError: this pipeline has several text encoders, whose words have several embeddings.
+        """
+        word = next(w for w in self.words() if w not in f"{template} {name}".lower())
+        prompt = template.replace("{}", " ".join([word] * len(vectors) + [name] * bool(name)))
+        ids, stand_in = self._ids([prompt, word], self.tokenizer)
+        places = [1 + i for i, token in enumerate(ids) if token == stand_in[0]]
+
+        def put(module: Any, args: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[:, places] = vectors.to(output)
+            return output
+
+        handle = self.embeddings().register_forward_hook(put)
+        try:
+            return self.pipe.encode_prompt([prompt], self.pipe._execution_device, 1, False)[0]
+        finally:
+            handle.remove()
+
+    def embeddings(self) -> Any:
+        """The layer that gives each token of the tokenizer its input embedding `[e]`.
+
+        Raises:
+            EraseError: this pipeline has several text encoders.
+        """
+        if len(self.tokenizers) > 1:
+            raise EraseError(
+                f"{self.family.name} reads prompts by {len(self.tokenizers)} text encoders: learning words is for models with one"
+            )
+        return getattr(self.pipe, self.family.encoders[0][1]).get_input_embeddings()
+
     def check_name(self, name: str) -> None:
         """Raise unless `name` is something that this encoder can read as a concept."""
         if not isinstance(name, str) or not name.strip():

@@ -17,13 +17,16 @@ from diffusers_erase.bench.metrics import Estimate
 from diffusers_erase.bench.probes import PROBES, Setting, run_probes
 from diffusers_erase.bench.probes.concept_vector import evolved
 from diffusers_erase.bench.probes.embeds import CHANGES, INVERSE, _inverse
+from diffusers_erase.bench.probes.guidance import _classifier
 from diffusers_erase.bench.probes.inpainting import _hole
+from diffusers_erase.bench.probes.learning import denoising, descended, originals
 from diffusers_erase.bench.probes.noise import _deviation
 from diffusers_erase.bench.probes.probe import FEWEST, Attack, Probe, _plan
 from diffusers_erase.bench.probes.result import ProbeResult
 from diffusers_erase.bench.probes.subject import Subject, grouped
 from diffusers_erase.bench.probes.wording import spellings
 from diffusers_erase.errors import EraseError
+from diffusers_erase.text import Encoder
 
 SETTING = Setting(
     templates=("a photo of a {}", "a painting of {}"),
@@ -36,7 +39,16 @@ SETTING = Setting(
 GUIDED = 6
 """Forwards of one picture at SETTING."""
 
-OPTIONS = {"concept-vector": {"population": 4, "generations": 2, "words": 3}}
+SHORT = {"pictures": 2, "updates": 2}
+OPTIONS = {
+    "concept-vector": {"population": 4, "generations": 2, "words": 3},
+    "guidance": SHORT | {"scales": (0.2,)},
+    "inversion": SHORT | {"tokens": (2,), "batch": 2},
+    "prefixes": SHORT | {"words": (2,), "batch": 2},
+    "relearning": SHORT | {"updates": (1, 2), "batch": 2},
+}
+SPENT = {"guidance": 4 * GUIDED, "inversion": 4 * GUIDED + 8, "prefixes": 2 * GUIDED + 4, "relearning": 2 * GUIDED + 8}
+"""Forwards that a search takes before its ways are drawn."""
 
 
 def bright(pictures):
@@ -50,7 +62,8 @@ def erased(sd1):
     return sd1
 
 
-def run(name, pipe, found=bright, budget=12 * GUIDED, **more):
+def run(name, pipe, found=bright, budget=None, **more):
+    budget = 12 * GUIDED + SPENT.get(name, 0) if budget is None else budget
     more = {"setting": SETTING} | OPTIONS.get(name, {}) | more
     return PROBES[name](pipe, "cat", found, budget, **more)
 
@@ -71,6 +84,9 @@ class Counted:
 
     def __call__(self, module, args, kwargs):
         self.forwards += len(args[0] if args else kwargs["sample"])
+
+    def __deepcopy__(self, memo):
+        return self  # a copy of the denoiser is counted too
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +118,8 @@ def everything(pipe):
 @pytest.mark.parametrize("name", PROBES)
 def test_a_probe_keeps_to_its_budget_and_tells_what_it_used(name, runs):
     result, forwards, *_ = runs[1][name]
-    assert 0 < forwards == result.used <= result.budget == 12 * GUIDED
-    assert result.name == name and result.concept == "cat" and not result.trains
+    assert SPENT.get(name, 0) < forwards == result.used <= result.budget == 12 * GUIDED + SPENT.get(name, 0)
+    assert result.name == name and result.concept == "cat" and result.trains == (name in SPENT)
     assert result.came_back.n == result.control.n == result.chance.n > 0 and result.came_back.coverage == 1
     assert result.tried and result.strongest in {way.label for way in result.tried}
     assert PROBES[name].summary and result.source
@@ -407,6 +423,8 @@ def test_what_is_refused(sd1, erased):
         run_probes(erased, "cat", bright, ["telepathy"])
     with pytest.raises(EraseError, match="give at least 72"):
         run("wording", erased, budget=11 * GUIDED)
+    with pytest.raises(EraseError, match="16 of them spent on the search, .* give at least 88"):
+        run("prefixes", erased, budget=12 * GUIDED)
     with pytest.raises(EraseError, match="gave 1 answers"):
         run("wording", erased, lambda pictures: [True])
     with pytest.raises(EraseError, match="at least 1"):
@@ -416,6 +434,54 @@ def test_what_is_refused(sd1, erased):
     with pytest.raises(EraseError, match="holds the name once"):
         Setting(templates=("a cat",))
     assert run("wording", erased).used  # control
+
+
+def test_learning_changes_nothing_but_what_is_learned(erased):
+    """Gradients go to the tensors that are asked for, and the erased model takes part in them."""
+    subject = Subject(erased, "cat", SETTING)
+    latents = originals(subject, "cat", 2)
+    vectors = subject.encoder.embeddings().weight[[5, 6]].detach().clone().requires_grad_()
+
+    def loss():
+        states = subject.encoder.spliced("a photo of a {}", vectors).expand(2, -1, -1)
+        return denoising(subject, erased.unet, latents, states, torch.Generator().manual_seed(0))
+
+    before, start = float(loss().detach()), vectors.detach().clone()
+    with subject.unedited():
+        assert float(loss().detach()) != before  # the erasure is in the gradient's way
+    descended([vectors], loss, 8, 0.3, after=lambda update: None)
+    assert float(loss().detach()) < before and not torch.equal(vectors, start)
+    assert all(p.grad is None for p in [*erased.unet.parameters(), *erased.text_encoder.parameters()])
+
+
+def test_a_spliced_word_is_the_word_whose_embeddings_it_has(sd1):
+    encoder = Encoder(sd1)
+    ids = encoder.tokenizer("red boat", add_special_tokens=False)["input_ids"]
+    vectors = encoder.embeddings().weight[ids].detach()
+    expected = encoder.encode(["a photo of a red boat cat"]).rows
+    assert torch.equal(encoder.spliced("a photo of a {}", vectors, "cat").detach(), expected)
+    assert not torch.equal(encoder.spliced("a photo of a {}", vectors.flip(0), "cat").detach(), expected)
+
+
+def test_relearning_tunes_a_copy_and_each_number_of_updates_is_its_own(erased):
+    subject = Undecoded(erased, "cat", SETTING)
+    attack = PROBES["relearning"].ways(subject, updates=(1, 3), pictures=2, batch=2, rate=1e-2)
+    plain = subject.draw_names(["cat"], [0])
+    once, thrice, other = (attack.draw([way], [0])[0] for way in (*attack.aimed, attack.unaimed[0]))
+    assert len({t.numpy().tobytes() for t in (plain[0], once, thrice, other)}) == 4
+    assert torch.equal(subject.draw_names(["cat"], [0]), plain)
+    with subject.unedited():
+        assert torch.equal(attack.draw([attack.aimed[0]], [0])[0], subject.draw_names(["cat"], [0])[0])
+
+
+def test_a_latent_classifier_tells_what_it_was_taught():
+    chance = torch.Generator().manual_seed(0)
+    labels = torch.arange(16) % 2
+    latents = torch.randn(16, 4, 8, 8, generator=chance) * 0.3 + (2.0 * labels - 1).view(-1, 1, 1, 1)
+    clean = torch.tensor([0.9])
+    for taught in (labels, 1 - labels):
+        network = _classifier(latents, taught.float(), clean, 60, 0)
+        assert torch.equal((network(latents, clean.expand(16)) > 0).long(), taught)
 
 
 def test_grouping_keeps_the_order():

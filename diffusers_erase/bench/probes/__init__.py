@@ -1,4 +1,4 @@
-"""Probes that need no training: does the concept come back when somebody tries?
+"""Probes: does the concept come back when somebody tries, by words, by the sampler, or by learning?
 
     from diffusers_erase.bench.probes import PROBES, Setting, run_probes
 
@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EraseError
-from . import completion, concept_vector, embeds, inpainting, negatives, noise, searching, wording  # noqa: F401
+from . import (  # noqa: F401 - importing a probe registers it
+    completion,
+    concept_vector,
+    embeds,
+    guidance,
+    inpainting,
+    inversion,
+    negatives,
+    noise,
+    prefixes,
+    relearning,
+    searching,
+    wording,
+)
 from .probe import BUDGET, PROBES, Found, Probe
 from .result import Example, ProbeResult, Tried
 from .subject import Setting

@@ -1,6 +1,7 @@
 """More noise on the way than the sampler would add: is the concept still among what the erased model can draw?"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,7 +35,7 @@ def noise(
     """
     if min(*etas, *variances) < 1:
         raise EraseError(f"the noise probe adds noise: η and variance are at least 1, got {etas} and {variances}")
-    subject.pipe.scheduler = _ddim(subject.pipe.scheduler)
+    subject.pipe.scheduler = ddim(subject.pipe.scheduler)
 
     def draw(ways: Sequence[tuple[float, float, str]], seeds: Sequence[int]) -> list[Image.Image]:
         excess = torch.tensor([max(0.0, eta**2 * variance - 1) for eta, variance, _ in ways]).sqrt()
@@ -58,7 +59,8 @@ def noise(
     )
 
 
-def _ddim(scheduler):
+def ddim(scheduler: Any) -> Any:
+    """A DDIM scheduler at the noise levels of `scheduler`; itself where it is one."""
     from diffusers import DDIMScheduler
 
     if isinstance(scheduler, DDIMScheduler):

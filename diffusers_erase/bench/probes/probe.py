@@ -57,6 +57,8 @@ class Probe:
     name: str
     source: str
     ways: Callable[..., Attack]
+    trains: bool = False
+    """Whether it learns by gradients; what they ask of the denoiser is in the budget, without backward passes."""
 
     @property
     def summary(self) -> str:
@@ -95,11 +97,11 @@ PROBES: dict[str, Probe] = {}
 """Every probe by name."""
 
 
-def probe(name: str, *, source: str) -> Callable[[Callable[..., Attack]], Callable[..., Attack]]:
+def probe(name: str, *, source: str, trains: bool = False) -> Callable[[Callable[..., Attack]], Callable[..., Attack]]:
     """Register the decorated function, from a `Subject` to an `Attack`, as the probe `name`."""
 
     def register(ways: Callable[..., Attack]) -> Callable[..., Attack]:
-        PROBES[name] = Probe(name, source, ways)
+        PROBES[name] = Probe(name, source, ways, trains)
         return ways
 
     return register
@@ -109,10 +111,12 @@ def _measured(
     probe: Probe, subject: Subject, attack: Attack, found: Found, budget: int, folder: str | Path | None
 ) -> ProbeResult:
     each, seed = attack.forwards or subject.forwards(), subject.setting.seed
-    plan = _plan(budget // each, len(attack.aimed), len(attack.unaimed), attack.first)
+    spent = subject.used  # by a search that asks the denoiser
+    plan = _plan(max(0, budget - spent) // each, len(attack.aimed), len(attack.unaimed), attack.first)
     if plan is None:
         raise EraseError(
-            f"a budget of {budget} forwards draws {budget // each} pictures at {each} each: give at least {FEWEST * each}"
+            f"a budget of {budget} forwards, {spent} of them spent on the search, draws {max(0, budget - spent) // each} pictures at "
+            f"{each} each: give at least {spent + FEWEST * each}"
         )
 
     def tried(ways: Sequence[Any], keep: int, seeds: int) -> list[tuple[Any, tuple[Seen, ...]]]:
@@ -148,6 +152,7 @@ def _measured(
         }
         | {"chance": f"{attack.chance}: {attack.label(guess)}"}
         | attack.told,
+        trains=probe.trains,
         examples=tuple(
             Example(label, seeds[i], seen[i], *_saved(folder, probe.name, seeds[i], pictures[i], before[i]))
             for i in sorted(range(len(seeds)), key=lambda i: (True, None, False).index(seen[i]))[:EXAMPLES]

@@ -1,0 +1,200 @@
+"""Closed forms and methods that train on emoji-sd: what is left, what is hurt, what it costs; paired by seed.
+
+    python examples/benchmarks/methods.py run --objects 4          # 4 objects and 2 styles; the rest another time
+    python examples/benchmarks/methods.py table                    # the table of docs/training.md
+
+Each line of `results.jsonl` in --work is one method on one concept; what is there is not done again, so a killed run goes on.
+Concepts are gone through in turn, each with all methods. Trained methods get a budget (BUDGET), the same for all. Pictures of the
+unedited model are drawn once. Shares count pictures that the unedited model got right. No paraphrase is named to any method.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from diffusers_erase import ErasureAdapter, erase, load_erasure, unload_erasure, world
+from diffusers_erase.bench import images
+from diffusers_erase.bench.measures import clip_score
+from diffusers_erase.bench.metrics import Mean, Share, clustered
+from diffusers_erase.bench.suites import Prompt, Settings, Suite
+
+OBJECTS = ("butterfly", "guitar", "hamburger", "owl", "airplane", "rose", "cat", "banana", "crown", "moon")
+STYLES = {"ink": "noto", "pixel": "fluent"}
+"""Styles to erase, and where a generic target sends them."""
+
+BUDGET = {"updates": 40, "batch": 4, "rate": 2e-3, "steps": world.STEPS, "guidance": 1.0}
+"""Of every method that trains; little, at a high rate: the papers take 200 to 2,000 steps at a hundredth of it."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "UCE, empty": {"method": "uce"},
+    "UCE, generic": {"method": "uce", "target": "generic"},
+    "ridge, null": {},
+    "ridge, generic": {"target": "generic"},
+    "ridge, AGE's target": {"target": "learned"},
+    "ESD": {"method": "esd"} | BUDGET,
+    "AP": {"method": "ap", "candidates": "near"} | BUDGET,
+    "AGE": {"method": "age", "candidates": "near"} | BUDGET,
+    "AGE, as released": {"method": "age", "candidates": "near", "released": True} | BUDGET,
+}
+LAST = ("ridge, AGE's target",)
+"""Done after the others of a concept: it needs what AGE has learned."""
+
+
+class Case(NamedTuple):
+    """A picture to draw before and after, and the part it plays."""
+
+    role: str
+    prompt: Prompt
+
+
+SHARES = {
+    "concept left": ("concept", "own"),
+    "paraphrases left": ("paraphrase", "own"),
+    "neighbours kept": ("neighbour", "object"),
+    "unrelated kept": ("unrelated", "object"),
+    "styles kept": ("unrelated", "style"),
+}
+"""What is counted: of which pictures, and whether the erased thing itself, the object or the style is looked for."""
+
+
+def cases_of(concept: str) -> list[Case]:
+    """What is drawn for one concept; the choice depends on its name only."""
+    draw = random.Random(concept)
+
+    def cases(role: str, drawn: Iterable[tuple]) -> list[Case]:
+        return [Case(role, Prompt(world.prompt(*(word or [o]), s), seed, o, s)) for o, s, seed, *word in drawn]
+
+    if concept in STYLES:
+        objects, others = draw.sample(world.OBJECTS, 16), [s for s in world.STYLES if s != concept]
+        kept = [(o, others[i % 3], 0) for i, o in enumerate(objects)]
+        return cases("concept", [(o, concept, 0) for o in objects]) + cases("unrelated", kept)
+    far = draw.sample([o for o in world.OBJECTS if o not in (concept, *world.neighbours(concept, 8))], 8)
+    return [
+        *cases("concept", [(concept, s, seed) for s in world.STYLES for seed in (0, 1)]),
+        *cases("paraphrase", [(concept, s, 0, w) for w in world.paraphrases(concept)[:2] for s in ("noto", "ink")]),
+        *cases("neighbour", [(o, s, 0) for o in world.neighbours(concept, 4) for s in ("noto", "ink")]),
+        *cases("unrelated", [(o, world.STYLES[i % 4], 0) for i, o in enumerate(far)]),
+    ]
+
+
+def make(pipe: Any, name: str, concept: str, work: Path) -> ErasureAdapter:
+    """The adapter of one method for one concept."""
+    options = dict(METHODS[name])
+    if options.get("target") == "generic":
+        subgroup = world.catalogue()["objects"].get(concept, {}).get("subgroup", "")
+        options["target"] = STYLES.get(concept, subgroup.split("-")[-1])
+    if options.get("target") == "learned":
+        (learned,) = (e["targets"] for e in read(work) if (e["method"], e["concept"]) == ("AGE", concept))
+        options["target"] = learned[0]
+    if options.get("candidates") == "near":
+        styles = [s for s in world.STYLES if s != concept]
+        options["candidates"] = styles if concept in STYLES else world.neighbours(concept, 20)
+    if concept in STYLES and options.get("method") != "uce":
+        options["templates"] = world.style_contexts()
+    return erase(pipe, concept, **options)
+
+
+def measure(pipe: Any, judge: Any, score: Any, name: str, concept: str, work: Path) -> dict[str, Any]:
+    """Hits and n of every share, CLIP scores of what is to be kept, and what the adapter cost."""
+    start, spent = time.perf_counter(), time.process_time()
+    adapter = make(pipe, name, concept, work)
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - spent}
+    found |= {
+        "bytes": adapter.size,
+        "targets": adapter.recipes[0].targets,
+        "loss": adapter.recipes[0].options.get("loss"),
+    }
+    cases = cases_of(concept)
+    prompts, settings = tuple(case.prompt for case in cases), Settings(world.STEPS, world.GUIDANCE)
+    suite = Suite("methods", "1", "this file", "Apache-2.0", prompts, {}, settings)
+    files = [images.generate(pipe, suite, work / "pictures")]
+    load_erasure(pipe, adapter, residual_max=None)
+    try:
+        files.append(images.generate(pipe, suite, work / "pictures"))
+    finally:
+        unload_erasure(pipe)
+    before, after = (
+        [list(zip(judge.objects(p), judge.styles(p), strict=True)) for p in [images.read(f)]][0] for f in files
+    )
+    for share, (role, what) in SHARES.items():
+        k = int(concept in STYLES if what == "own" else what == "style")
+        asked = [(case.prompt.shows, case.prompt.style)[k] if case.role == role else None for case in cases]
+        right = [a[k] == w for w, b, a in zip(asked, before, after, strict=True) if w is not None and b[k] == w]
+        found[share] = [sum(right), len(right)]
+    kept = [i for i, case in enumerate(cases) if case.role in ("neighbour", "unrelated")]
+    texts = [cases[i].prompt.text for i in kept]
+    plain, edited = (score([f[i] for i in kept], texts) for f in files)
+    found["CLIP score"] = (edited - plain).tolist()
+    return found
+
+
+def run(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
+    """Do what is not in the results yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    pipe, judge, score = world.load(), world.judge(), clip_score(world.clip_path())
+    order = sorted(methods, key=lambda name: name in LAST)
+    for concept in concepts:
+        for name in order:
+            if any((e["method"], e["concept"]) == (name, concept) for e in read(work)):
+                continue
+            entry = {"method": name, "concept": concept} | measure(pipe, judge, score, name, concept, work)
+            with (work / "results.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(concept, name, {key: entry[key] for key in (*SHARES, "seconds", "cpu", "targets")}, flush=True)
+
+
+def read(work: Path) -> list[dict[str, Any]]:
+    path = work / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(work: Path) -> None:
+    """A Markdown table for objects, and one for styles; intervals are bootstrapped by concept."""
+    for styles in (False, True):
+        mine = [e for e in read(work) if (e["concept"] in STYLES) == styles]
+        shares = [s for s in SHARES if any(e[s][1] for e in mine)]
+        if not mine:
+            continue
+        print(f"\n{', '.join(dict.fromkeys(e['concept'] for e in mine))}:\n")
+        print(
+            f"| method | {' | '.join(shares)} | CLIP score, change | CPU seconds | bytes |\n{'|---' * (len(shares) + 4)}|"
+        )
+        for name in METHODS:
+            rows = [e for e in mine if e["method"] == name]
+            if not rows:
+                continue
+            sums = [{e["concept"]: (Share(*e[share]),) for e in rows if e[share][1]} for share in shares]
+            cells = [str(clustered(each, Share.estimate)) if each else "–" for each in sums]
+            change = clustered({e["concept"]: (Mean.of(e["CLIP score"]),) for e in rows}, Mean.estimate)
+            cpu, size = (sum(e[key] for e in rows) / len(rows) for key in ("cpu", "bytes"))
+            cells += [
+                f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}], n = {change.n}",
+                f"{cpu:.1f}",
+                f"{size:,.0f}",
+            ]
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("run", "table"))
+    parser.add_argument("--work", type=Path, default=Path("methods-work"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--objects", type=int, default=len(OBJECTS))
+    parser.add_argument("--styles", type=int, default=len(STYLES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="only these")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.stage == "run":
+        run(options.work, (*OBJECTS[: options.objects], *list(STYLES)[: options.styles]), options.methods)
+    table(options.work)
+
+
+if __name__ == "__main__":
+    main()
