@@ -5,9 +5,9 @@
     adapter = erase(pipe, "Van Gogh")       # computes; the pipe stays as it was
     load_erasure(pipe, adapter)             # attaches; unload_erasure(pipe) gives back every bit
 
-Read the package in the order of its files' imports: errors, solve, edits, sites, text, task, methods, hub, adapter, mapping,
-fusing, loras, hook, status, fitting, attach, verbs, serving, mixin, erasing. The embedded model is `diffusers_erase.world`, the judging of
-pictures `diffusers_erase.bench`.
+Read the package in the order of its files' imports: errors, solve, edits, sites, text, task, train, methods, hub,
+adapter, mapping, fusing, loras, hook, status, fitting, attach, verbs, serving, mixin, erasing. The embedded model is
+`diffusers_erase.world`, the judging of pictures `diffusers_erase.bench`.
 """
 
 from . import world
