@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from diffusers_erase import ErasureAdapter, compose, erase, hub, load_erasure, unload_erasure, world
 from diffusers_erase.bench import images
@@ -342,18 +342,26 @@ def pooled(entries: list[dict[str, Any]], share: str) -> Estimate | str:
     return clustered(sums, Share.estimate) if sums else "–"
 
 
-def sheet(work: Path, path: Path, chosen: Iterable[str], stage: str = "confirm", most: int = 48) -> None:
-    """Pairs before | after that went wrong under the chosen settings, spread over concepts."""
-    wrong = [w for e in read(work) if e["stage"] == stage and e["setting"] in chosen for w in e["wrong"]]
-    wrong = sorted(wrong, key=lambda w: (not w[0].endswith("kept"), w[0]))
-    wrong = wrong[:: max(1, len(wrong) // most)][:most]
-    grid = Image.new("RGB", (8 * 134, -(-len(wrong) // 8) * 68 or 1), "white")
-    for i, (*_, before, after) in enumerate(wrong):
-        for j, name in enumerate((before, after)):
-            with Image.open(work / "pictures" / name) as picture:
-                grid.paste(picture.convert("RGB"), (i % 8 * 134 + 64 * j, i // 8 * 68))
+def sheet(work: Path, path: Path, chosen: Iterable[str], stage: str = "confirm", most: int = 8) -> None:
+    """Pairs before | after that went wrong under the chosen settings: a row for each share, spread over concepts."""
+    rows: dict[str, list[tuple[str, str, str]]] = {}
+    for entry in read(work):
+        if entry["stage"] == stage and entry["setting"] in chosen:
+            kind = "a style:\n" if entry["concepts"][0] in world.STYLES else ""
+            for share, text, _seed, before, after in entry["wrong"]:
+                share = share.replace("kept", "not kept")
+                rows.setdefault(kind + share, []).append((text, before, after))
+    grid = Image.new("RGB", (150 + most * 134, 70 * len(rows) or 1), "white")
+    draw = ImageDraw.Draw(grid)
+    for y, (share, wrong) in enumerate(sorted(rows.items())):
+        shown = wrong[:: max(1, len(wrong) // most)][:most]
+        draw.text((4, 70 * y + 24), f"{share}\n{len(shown)} of {len(wrong)}", fill="black")
+        for x, (_text, before, after) in enumerate(shown):
+            for j, name in enumerate((before, after)):
+                with Image.open(work / "pictures" / name) as picture:
+                    grid.paste(picture.convert("RGB"), (150 + 134 * x + 65 * j, 70 * y))
+        print(f"{share.replace(chr(10), ' ')}: {'; '.join(text for text, *_ in shown)}")
     grid.save(path)
-    print(f"{path}: {len(wrong)} pairs; row by row: {'; '.join(f'{w[1]} ({w[0]})' for w in wrong)}")
 
 
 def main() -> None:
