@@ -5,8 +5,8 @@
     adapter = erase(pipe, "Van Gogh")       # computes; the pipe stays as it was
     load_erasure(pipe, adapter)             # attaches; unload_erasure(pipe) gives back every bit
 
-Read the package in the order of its files' imports: errors, solve, edits, sites, text, task, train, methods, hub,
-adapter, mapping, fusing, loras, hook, status, fitting, attach, verbs, serving, mixin, erasing. The embedded model is
+Read the package in the order of its files' imports: errors, solve, outlook, edits, sites, text, task, train, methods, hub, packs,
+vocabulary, targets, adapter, mapping, fusing, loras, hook, status, fitting, attach, verbs, serving, mixin, erasing. The embedded model is
 `diffusers_erase.world`, the judging of pictures `diffusers_erase.bench`.
 """
 
@@ -16,10 +16,12 @@ from .erasing import erase
 from .errors import ConflictError, EraseError, MismatchError
 from .exporting import export_erased
 from .factors import Factors
+from .graph import ConceptGraph, concept_graph
 from .importing import import_erasure
 from .mixin import ErasureLoaderMixin, disable, enable
 from .serving import ErasurePolicy, enforce_policy, erasing, release_policy
 from .status import ErasureStatus, Receipt, erasure_status, get_active_erasures, get_list_erasures
+from .targets import Target, TargetRanking, search_targets
 from .task import METHODS, method
 from .text import PackRecipe
 from .verbs import (
@@ -38,6 +40,7 @@ from .version import __version__
 
 __all__ = [
     "METHODS",
+    "ConceptGraph",
     "ConflictError",
     "EraseError",
     "ErasureAdapter",
@@ -48,8 +51,11 @@ __all__ = [
     "MismatchError",
     "PackRecipe",
     "Receipt",
+    "Target",
+    "TargetRanking",
     "__version__",
     "compose",
+    "concept_graph",
     "delete_erasures",
     "disable",
     "disable_erasure",
@@ -69,6 +75,7 @@ __all__ = [
     "method",
     "release_policy",
     "save_erasure",
+    "search_targets",
     "set_erasures",
     "sign_erasure",
     "unfuse_erasure",

@@ -26,7 +26,9 @@ from .edits import too_full
 from .erasing import erase as erase_concepts
 from .errors import EraseError
 from .lock import gather, write_lock
+from .targets import search_targets
 from .task import METHODS
+from .vocabulary import SOURCES
 
 EMBEDDED = "emoji-sd"
 """What the command line calls the embedded model, wherever it takes a model."""
@@ -62,11 +64,21 @@ Targets = Annotated[
     list[str] | None,
     typer.Option(
         "--target",
-        help="Where to send the concept: a name; 'null' (default) is the empty prompt. Several concepts take one, or one each.",
+        help="Where to send the concept: a name; 'null' (default) the empty prompt; 'auto' the best that a search finds. Several "
+        "concepts take one, or one each.",
     ),
 ]
 Preserve = Annotated[
-    list[str] | None, typer.Option("--preserve", help="A name that should stay as it is; repeat for more.")
+    list[str] | None,
+    typer.Option(
+        "--preserve", help="A name that should stay as it is; repeat for more. 'auto': those that are hurt most."
+    ),
+]
+Candidate = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A candidate for the target; repeat for more. Or where from: neighbours, words, a folder of WordNet."
+    ),
 ]
 Coreference = Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeat for more.")]
 Gate = Annotated[
@@ -86,6 +98,7 @@ def erase(
     folder: Out,
     target: Targets = None,
     preserve: Preserve = None,
+    candidate: Candidate = None,
     coreference: Coreference = None,
     method: Annotated[str, typer.Option(help="How: see `diffusers-erase methods`.")] = "ridge",
     residual: Residual = None,
@@ -98,10 +111,78 @@ def erase(
     goal: Any = target or "null"
     adapter = erase_concepts(
         pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 and len(concepts) > 1 else goal,
-        preserve=preserve or (), coreferences=coreference or (), method=method, residual=residual, tokens=tokens, gate=gate, pack=pack,
+        preserve=_preserved(preserve), candidates=_candidates(candidate), coreferences=coreference or (), method=method,
+        residual=residual, tokens=tokens, gate=gate, pack=pack,
     )  # fmt: skip
     _print_adapter(adapter)
     out.print(f"saved: {adapter.save_pretrained(folder, model=pipe)}")
+
+
+@app.command()
+def targets(
+    model: Model,
+    concept: Annotated[str, typer.Argument(metavar="CONCEPT", help="What to erase, in words.")],
+    candidate: Candidate = None,
+    preserve: Preserve = None,
+    coreference: Coreference = None,
+    erased: Annotated[list[str] | None, typer.Option(help="Another concept that is erased too.")] = None,
+    mixture: Annotated[int, typer.Option(min=1, max=5, help="Blend up to so many names, for styles.")] = 1,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many to list.")] = 10,
+    pack: Annotated[Path | None, typer.Option(help="Base pack: a JSON file with name and prompts.")] = None,
+) -> None:
+    """Rank where to send CONCEPT, by what it would do to other names. No picture is drawn."""
+    pipe = _pipeline(model)
+    with out.status("reading names") as reading:
+        ranking = search_targets(
+            pipe, concept, _candidates(candidate), k=k, coreferences=coreference or (), preserve=_preserved(preserve),
+            erased=erased or (), mixture=mixture, pack=pack,
+            on_words=lambda done, total: reading.update(f"reading names: {done:,} of {total:,}"),
+        )  # fmt: skip
+    table = Table("target", "collateral", "confusion", "worst", "synonym", "related", box=None, pad_edge=False)
+    for target in (*ranking, ranking.null):
+        worst = ", ".join(f"{name} {damage:.1%}" for name, damage in target.hurt[:3])
+        table.add_row(
+            " + ".join(target.names) or "(the empty prompt)", f"{target.collateral:.2%}", f"{target.confusion:.2%}", worst,
+            f"{target.synonym:.2f}", f"{target.relatedness:.2f}",
+        )  # fmt: skip
+    out.print(table)
+    if ranking.preserve:
+        out.print(f"preserved: {', '.join(ranking.preserve)}")
+    for name, reason in ranking.refused:
+        out.print(f"refused: {name}: {reason}", markup=False)
+
+
+@app.command()
+def graph(
+    model: Model,
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAMES...", help="Names, those of one group joined by commas.")
+    ],
+    folder: Out = Path("erase-graph"),
+    target: Annotated[str, typer.Option(help="Where each is sent: 'null', 'auto' or a name.")] = "null",
+    pictures: Annotated[bool, typer.Option("--pictures", help="Draw and compare pictures too.")] = False,
+    context: Annotated[list[str] | None, typer.Option(help="What is drawn of a name {}; repeat for more.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each context.")] = 1,
+    pack: Annotated[Path | None, typer.Option(help="Base pack: a JSON file with name and prompts.")] = None,
+) -> None:
+    """Who is hurt by erasing whom, among NAMES: a page with graph and matrix. Predicted, or with --pictures measured."""
+    from .bench.suites import Settings
+    from .graph import concept_graph, moved
+
+    groups = [[name.strip() for name in group.split(",")] for group in names]
+    pipe = _pipeline(model)
+    settings = Settings(_default(model, "STEPS", 50), _default(model, "GUIDANCE", 7.5))
+    with _progress("erasing each", sum(map(len, groups))) as advance:
+        found = concept_graph(
+            pipe, [name for group in groups for name in group], groups=[group[0] for group in groups for _ in group], target=target,
+            measure=moved if pictures else None, contexts=context or ("a photo of a {}",), seeds=range(seeds), settings=settings,
+            folder=folder / "pictures", on_name=advance, pack=pack,
+        )  # fmt: skip
+    told = found.findings()
+    out.print(f"mean damage: within groups {told.within:.2%}, between groups {told.between:.2%}")
+    out.print(f"asymmetry: {told.asymmetry:.0%} of the mean damage")
+    out.print(f"fragile: {', '.join(f'{name} {damage:.2%}' for name, damage in told.fragile) or 'none'}")
+    out.print(f"saved: {found.save(folder)}")
 
 
 @app.command()
@@ -530,6 +611,19 @@ def _pipeline(model: str) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _candidates(given: list[str] | None) -> str | Path | list[str]:
+    """What was typed as candidates: names, or one word or folder that says where they come from."""
+    if not given:
+        return "neighbours"
+    if len(given) == 1 and given[0] in SOURCES:
+        return given[0]
+    return Path(given[0]) if len(given) == 1 and Path(given[0]).is_dir() else given
+
+
+def _preserved(given: list[str] | None) -> str | list[str]:
+    return "auto" if given == ["auto"] else given or []
 
 
 def _default(model: str, setting: str, other: float) -> Any:

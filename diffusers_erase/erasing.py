@@ -3,23 +3,19 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import hub, methods  # noqa: F401 - importing the methods registers them
+from . import hub, methods, packs, targets  # noqa: F401 - importing the methods registers them
 from .adapter import ErasureAdapter, Recipe, compose
-from .edits import Gate, Pack, same_name
+from .edits import Gate, same_name
 from .errors import EraseError
 from .mapping import effect
 from .sites import TEXT
 from .task import Method, Task, method_named
-from .text import TEMPLATES, Encoder, PackRecipe, background, base_pack, check_templates, pack_digest, roles_of
-
-PARTS = ("moment", "hard")
-"""What is cached of a base pack, of each space."""
+from .text import TEMPLATES, Encoder, PackRecipe, check_templates, roles_of
 
 
 def erase(
@@ -28,6 +24,7 @@ def erase(
     *,
     target: str | Sequence[str | Sequence[str]] = "null",
     preserve: str | Sequence[str] = (),
+    candidates: str | Path | Sequence[str] = "neighbours",
     coreferences: str | Sequence[str] = (),
     method: str = "ridge",
     residual: float | None = None,
@@ -42,9 +39,10 @@ def erase(
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; only its tokenizers, text encoders and UNet configuration are read.
         concept: what to erase, in words; several are composed: `erase(pipe, [a, b])` is `compose(erase(pipe, a), erase(pipe, b))`.
-        target: where to send it: `"null"` (or `""`) the empty prompt, a name, or several names for their mean. With several
-            concepts, one target for all, or a list with one for each.
-        preserve: names that should stay as they are, softly.
+        target: where to send it: `"null"` (or `""`) the empty prompt, `"auto"` the best that `search_targets` finds, a name, or
+            several names for their mean. With several concepts, one target for all, or a list with one for each.
+        preserve: names that should stay as they are, softly; `"auto"` for those that the edit would hurt most.
+        candidates: where `"auto"` looks for a target: names, `"neighbours"`, `"words"` or WordNet's folder (see `search_targets`).
         coreferences: other names of the same concept.
         method: `"ridge"` or `"uce"`; see `diffusers_erase.METHODS`.
         residual: share of the way to the target that is left, in (0, 1); 0.02 (default) is strong, 0.3 mild.
@@ -63,7 +61,9 @@ def erase(
         >>> adapter.save_pretrained("erase-van-gogh")
     """
     concepts = _names(concept)
-    targets = _targets(target, concepts, several=not isinstance(concept, str))
+    goals = _targets(target, concepts, several=not isinstance(concept, str))
+    kept = preserve if preserve == "auto" else tuple(dict.fromkeys(_names(preserve)))
+    others = tuple(dict.fromkeys(_names(coreferences)))
     chosen, settings = method_named(method, options)
     if templates is not None:
         check_templates(templates)
@@ -82,28 +82,30 @@ def erase(
             f"gate is the resemblance below which the edit lets go, between 0 and 1, such as 0.7: got {gate}"
         )
     encoder = Encoder(pipe)
-    recipe = _recipe(pipe, pack)
+    recipe = packs.recipe_of(pipe, pack)
     defaults = {"residual": 0.02, "tokens": "last+eot", "templates": recipe.templates}
     given = {key: value for key, value in asked.items() if value is not None}
     decided = defaults | given | {key: value for key, value in chosen.fixed.items() if key in defaults}
-    packs = {space: cache(partial(_pack, encoder, recipe, space)) for space in encoder.widths}
+    stands = {space: cache(partial(packs.pack_on, encoder, recipe, space)) for space in encoder.widths}
+    reading = {"residual": 0.02} | {key: decided[key] for key in ("tokens", "templates", "residual") if decided[key]}
+    plans = targets.choose(encoder, recipe, concepts, goals, kept, candidates, others, **reading)
     made = []
-    for name, goal in zip(concepts, targets, strict=True):
+    for name, (goal, shielded) in zip(concepts, plans, strict=True):
         whole = Task(
             encoder=encoder,
             concept=name,
-            coreferences=tuple(dict.fromkeys(_names(coreferences))),
+            coreferences=others,
             targets=goal,
-            preserve=tuple(dict.fromkeys(_names(preserve))),
+            preserve=shielded,
             gate=None if gate is None else Gate(gate),
-            pack=packs[TEXT],
+            pack=stands[TEXT],
             **decided,
         )
         _check(whole)
         if chosen.training is not None:
             made.append(_learned(pipe, whole, chosen, settings))
             continue
-        tasks = {space: replace(whole, space=space, pack=pack) for space, pack in packs.items()}
+        tasks = {space: replace(whole, space=space, pack=pack) for space, pack in stands.items()}
         made.append(_adapter(tasks, chosen, settings, hub.model_name(pipe)))
     return made[0] if len(made) == 1 else compose(*made)
 
@@ -145,30 +147,6 @@ def _learned(pipe: Any, task: Task, method: Method, settings: dict[str, Any]) ->
     )
 
 
-def _pack(encoder: Encoder, recipe: PackRecipe, space: str) -> Pack:
-    """The base pack of `recipe` in one space of this encoder; its background states are cached in the user's cache folder."""
-    fingerprint = encoder.fingerprint()
-    key = f"background-{pack_digest(recipe, fingerprint)[:16]}-{encoder.states_digest()[:16]}"
-
-    def make() -> dict:
-        return {
-            f"{space}.{name}": t
-            for space, pair in background(encoder, recipe).items()
-            for name, t in zip(PARTS, pair, strict=True)
-        }
-
-    states = hub.cached(key, make)
-    moment, hard = (states[f"{space}.{name}"] for name in PARTS)
-    return base_pack(recipe, fingerprint, moment, hard, space)
-
-
-def _recipe(pipe: Any, pack: str | Path | PackRecipe | None) -> PackRecipe:
-    if isinstance(pack, PackRecipe):
-        return pack
-    source = pack or hub.own_pack(pipe) or Path(str(resources.files("diffusers_erase") / "data" / "english.json"))
-    return PackRecipe.from_json(hub.read_pack(source))
-
-
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     if not isinstance(given, Iterable):
         raise EraseError(f"a name is a text such as 'Van Gogh', names are a list of texts: got {given!r}")
@@ -176,8 +154,8 @@ def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(name.strip() if isinstance(name, str) else name for name in names)
 
 
-def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tuple[str, ...]]:
-    """One tuple of names for each concept; `()` stands for the empty prompt."""
+def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tuple[str, ...] | None]:
+    """One tuple of names for each concept; `()` stands for the empty prompt, None for a target that is to be searched."""
     if not concepts:
         raise EraseError("no concept was given: expected its name, such as 'Van Gogh'")
     each = list(target) if several and not isinstance(target, str) else [target] * len(concepts)
@@ -185,11 +163,7 @@ def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tupl
         raise EraseError(
             f"{len(concepts)} concepts but {len(each)} targets: give one target, or a list with one for each concept"
         )
-    if "auto" in each:
-        raise EraseError(
-            "target search ('auto') is not part of this version: name the target, or leave it out for the empty prompt"
-        )
-    return [() if goal in ("null", "") else _names(goal) for goal in each]
+    return [None if goal == "auto" else () if goal in ("null", "") else _names(goal) for goal in each]
 
 
 def _check(task: Task) -> None:

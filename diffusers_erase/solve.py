@@ -153,6 +153,14 @@ def strength_for(keys: Tensor, offsets: Tensor, pulled: Tensor, weights: Tensor,
     return 10.0 ** ((low + high) / 2)
 
 
+def holding(keys: Tensor, pulled: Tensor, share: float) -> Tensor:
+    """q `[..., k]`: strengths at which preserved keys (alone) follow an edit by `share` of what they would without being preserved.
+
+    q = (1/share − 1) / (p G pᵀ) for keys p and pulled keys p G, both `[..., k, d]`.
+    """
+    return (1 / share - 1) / (keys.double() * pulled.double()).sum(-1).clamp_min(1e-12)
+
+
 def edited_weight(weight: Tensor, offsets: Tensor, detectors: Tensor) -> Tensor:
     """W(I + DᵀA) in float64: the linear layer `weight` [o, d] as if its input had been mapped."""
     W = weight.double()

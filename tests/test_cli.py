@@ -1,5 +1,6 @@
 """The command line: what a person types, what is printed, and one line with exit code 2 for bad input."""
 
+import json
 import shutil
 
 import pytest
@@ -62,6 +63,31 @@ def test_several_concepts_take_one_target_or_one_each(model, tmp_path):
     run("erase", model, "cat", "boat", "--target", "dog", "--out", str(tmp_path / "one"))
     one = {r.concept: r.targets for r in ErasureAdapter.from_pretrained(tmp_path / "one").recipes}
     assert one == {"cat": ("dog",), "boat": ("dog",)}
+
+
+def test_targets_ranks_and_says_why_others_are_refused(model):
+    told = [argument for name in ("dog", "tree", "cats") for argument in ("--candidate", name)]
+    shown = run("targets", model, "cat", *told, "--erased", "tree").stdout
+    lines = shown.splitlines()
+    assert "collateral" in lines[0] and lines[1].startswith("dog") and lines[2].startswith("(the empty prompt)")
+    assert "refused: cats: it contains the concept" in lines and "refused: tree: it is erased too" in lines
+    assert "no candidate is left for 'cat'" in refused("targets", model, "cat", "--candidate", "cats")
+
+
+def test_erase_searches_its_target(model, tmp_path):
+    told = ["--target", "auto", "--preserve", "auto", "--candidate", "dog", "--candidate", "cats"]
+    run("erase", model, "cat", *told, "--out", str(tmp_path / "auto"))
+    recipe = ErasureAdapter.from_pretrained(tmp_path / "auto").recipes[0]
+    assert recipe.targets == ("dog",) and "dog" in recipe.preserve and len(recipe.preserve) > 1
+
+
+def test_graph_writes_a_page(model, tmp_path):
+    shown = run("graph", model, "cat,dog", "boat, ship", "--out", str(tmp_path)).stdout
+    assert "within groups" in shown and "asymmetry" in shown and "fragile" in shown
+    told = json.loads((tmp_path / "graph.json").read_text())
+    assert told["names"] == ["cat", "dog", "boat", "ship"] and told["groups"] == ["cat", "cat", "boat", "boat"]
+    assert told["measured"] is None and (tmp_path / "index.html").is_file() and (tmp_path / "matrix.svg").is_file()
+    assert "each once: got cat" in refused("graph", model, "cat", "--out", str(tmp_path))
 
 
 def test_show_tells_concept_target_and_digest(adapters):

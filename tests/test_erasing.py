@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from diffusers_erase import EraseError, compose, disable_erasure, erase, fuse_erasure, load_erasure
+from diffusers_erase import EraseError, compose, disable_erasure, erase, fuse_erasure, load_erasure, search_targets
 from tests.cases import PACK
 from tests.conftest import make_pipe
 
@@ -33,8 +33,9 @@ def still(tokenizer):
         ({"target": "kitten", "coreferences": "kitten"}, "would be sent to 'kitten', itself"),
         ({"target": "漢字"}, "knows no part"),
         ({"target": None}, "a name is a text"),
-        ({"target": "auto"}, "target search .* is not part of this version: name the target"),
-        ({"concept": ["cat", "boat"], "target": ["dog", "auto"]}, "target search"),
+        ({"target": "auto", "candidates": ["cats"]}, "no candidate is left for 'cat'"),
+        ({"target": "auto", "preserve": ["Cat"]}, "'Cat' is to be erased and preserved"),
+        ({"concept": " ", "preserve": "auto"}, "an empty name was given"),
         (
             {"concept": "cat 漢", "target": "cat 字"},
             "'cat 漢' has the same text state as its target.*choose another target",
@@ -164,6 +165,36 @@ def test_the_recipe_tells_how_it_was_made(still):
         still, recipe.concept, target=recipe.targets, preserve=recipe.preserve, method=recipe.method, **recipe.options
     )
     assert again.recipes == (recipe,)
+
+
+# --- Targets that are searched ------------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_best_of_the_ranking(still):
+    told = {"pack": PACK, "templates": ["{}", "a {}"]}
+    best = search_targets(still, "cat", ["dog", "tree", "boat"], **told)
+    auto = erase(still, "cat", target="auto", candidates=["dog", "tree", "boat"], **told)
+    assert auto.digest == erase(still, "cat", **told, **best.options).digest
+    assert auto.recipes[0].targets == best[0].names and auto.recipes[0].preserve == best.options["preserve"]
+
+
+def test_auto_of_several_sends_none_to_another(still):
+    told = {"pack": PACK, "templates": ["{}", "a {}"], "candidates": ["dog", "cat", "tree"], "residual": 0.1}
+    both = erase(still, ["cat", "dog"], target=["auto", "boat"], **told)
+    assert {recipe.concept: recipe.targets for recipe in both.recipes} == {"cat": ("tree",), "dog": ("boat",)}
+
+
+@pytest.mark.parametrize("target", ["null", "dog", "auto"])
+def test_preserve_auto_keeps_who_would_be_hurt_most(still, target):
+    told = {"pack": PACK, "templates": ["{}"], "candidates": ["dog", "tree"]}
+    kept = erase(still, "cat", target=target, preserve="auto", **told).recipes[0]
+    assert 0 < len(kept.preserve) <= 5 and "cat" not in kept.preserve
+    assert erase(still, "cat", target="dog", **told).recipes[0].preserve == ()
+
+
+def test_auto_for_a_method_that_brings_its_own_settings(still):
+    recipe = erase(still, "cat", target="auto", candidates=["dog", "tree"], method="uce", pack=PACK).recipes[0]
+    assert recipe.targets in {("dog",), ("tree",)} and recipe.tokens == "last"
 
 
 # --- The pipe as it may be --------------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_erase"
 
 # fmt: off
 READING_ORDER = [
-    "version", "errors", "solve", "edits", "factors", "sites", "text", "targets", "task", "train", "methods",
-    "hub", "card", "signing", "adapter", "lock", "mapping", "fusing", "loras", "hook", "status", "fitting",
-    "attach", "verbs", "serving", "mixin", "erasing",
-    "importing", "exporting", "world", "bench", "cli",
+    "version", "errors", "solve", "outlook", "edits", "factors", "sites", "text", "task", "train", "methods",
+    "hub", "packs", "vocabulary", "targets", "card", "signing", "adapter", "lock", "mapping", "fusing", "loras", "hook", "status",
+    "fitting", "attach", "verbs", "serving", "mixin", "erasing", "importing", "exporting", "world", "bench", "graph", "cli",
 ]
 # fmt: on
 """Modules and subpackages; `__init__`, the door, comes last."""

@@ -8,6 +8,7 @@ import torch
 
 from ..edits import Edit
 from ..errors import EraseError
+from ..solve import holding
 from ..task import Task, method
 
 
@@ -27,7 +28,7 @@ def ridge(task: Task, *, preserve_residual: float = 0.1) -> Edit:
     names, preserved = task.preserved_rows(task.tokens, task.templates)
     C = torch.cat([keys, preserved])
     U = pack.pull(C)
-    q = (1 / preserve_residual - 1) / (C * U).sum(dim=1).clamp_min(1e-12)
+    q = holding(C, U, preserve_residual)
     moving = torch.arange(len(C)) < len(keys)
     edit = Edit(
         labels=(*labels, *names),

