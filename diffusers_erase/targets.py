@@ -8,7 +8,7 @@ names; the best of them again in the contexts in which `erase` reads names.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -31,7 +31,7 @@ SYNONYM_MAX, CHAIN_MAX = 0.5, 0.5
 Measured on emoji-sd: of its objects' paraphrases 95 % score above 0.51, of their siblings 95 % below 0.51 (docs/targets.md).
 """
 
-NEAREST, SHORTLIST, AMONG, WORST = 3000, 16, 64, 10
+NEAREST, SHORTLIST, AMONG, WORST = 3000, 8, 32, 10
 """How many of a vocabulary are compared, and how many in context; how many names' damage counts; how many of these are told."""
 
 KEPT = 4
@@ -192,7 +192,7 @@ def choose(
             chosen.append((best["target"], best["preserve"]))
         else:
             search.check(preserve)
-            chosen.append((target, search.hurt_most(target)))
+            chosen.append((target, search.hurt_most(target) if preserve == "auto" else tuple(preserve)))
     return chosen
 
 
@@ -207,10 +207,11 @@ def _searches(
 ) -> list["Search"]:
     """A search for each concept, in which the others are erased too."""
     metric, pack = readout(encoder.pipe), packs.pack_on(encoder, recipe)
+    known: dict[str, Tensor] = {}
     return [
         Search(
             encoder, pack, metric, roles=roles_of(tokens, 1), own=(name, *coreferences),
-            erased=(*erased, *(other for other in concepts if other != name)), **told,
+            erased=(*erased, *(other for other in concepts if other != name)), known=known, **told,
         )
         for name in concepts
     ]  # fmt: skip
@@ -225,8 +226,12 @@ def readout(pipe: Any) -> Tensor:
             f"target search reads the key and value weights, which are {hidden[0].dtype} on {hidden[0].device} here: search on "
             f"the model in memory and unquantised, or name the target"
         )
-    weights = [weight.detach().cpu().double() for weight in layers]
-    return torch.stack([W.mT @ W / W.square().sum() for W in weights]).sum(0)
+    d = layers[0].shape[1]
+    metric = torch.zeros(d, d, dtype=torch.float64)
+    for weight in layers:
+        W = weight.detach().cpu().double()
+        metric.addmm_(W.mT, W / W.square().sum())
+    return metric
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +250,8 @@ class Search:
     shield: bool = True
     synonym_max: float = SYNONYM_MAX
     on_words: Callable[[int, int], Any] = lambda done, total: None
+    known: dict[str, Tensor] = field(default_factory=dict)
+    """Rows in context that were encoded before; searches for several concepts share it."""
 
     def ranking(
         self,
@@ -395,16 +402,25 @@ class Search:
         return found
 
     def _around(self, names: Tensor, templates: Sequence[str], preserve: Sequence[str] = ()) -> Surroundings:
+        own = self._rows(self.own[:1]) if templates != BARE else self.encoder.table(self.own[:1], self.roles, BARE)
         null = self.encoder.null_rows(self.roles)
-        concept = self.encoder.table(self.own[:1], self.roles, templates)
-        kept = self.encoder.table(preserve, self.roles, templates) if preserve else concept[:0]
-        empty = torch.stack([null[role] for role in self.roles])
         return Surroundings(
-            concept[0], names, empty, self._inverse, self.metric, self.residual, preserved=kept, shield=self.shield
+            concept=own[0],
+            names=names,
+            empty=torch.stack([null[role] for role in self.roles]),
+            inverse=self._inverse,
+            metric=self.metric,
+            residual=self.residual,
+            preserved=self._rows(preserve) if preserve else own[:0],
+            shield=self.shield,
         )
 
     def _rows(self, names: Sequence[str]) -> Tensor:
-        return vocabulary.table(self.encoder, names, self.roles, self.templates)
+        """Rows of names in context, each encoded once."""
+        if new := [name for name in dict.fromkeys(names) if name not in self.known]:
+            rows = vocabulary.table(self.encoder, new, self.roles, self.templates, self.on_words)
+            self.known.update(zip(new, rows, strict=True))
+        return torch.stack([self.known[name] for name in names])
 
     @cached_property
     def _inverse(self) -> Tensor:

@@ -182,6 +182,7 @@ def test_auto_of_several_sends_none_to_another(still):
     told = {"pack": PACK, "templates": ["{}", "a {}"], "candidates": ["dog", "cat", "tree"], "residual": 0.1}
     both = erase(still, ["cat", "dog"], target=["auto", "boat"], **told)
     assert {recipe.concept: recipe.targets for recipe in both.recipes} == {"cat": ("tree",), "dog": ("boat",)}
+    assert {recipe.concept: recipe.preserve for recipe in both.recipes} == {"cat": ("tree",), "dog": ()}
 
 
 @pytest.mark.parametrize("target", ["null", "dog", "auto"])
