@@ -110,7 +110,7 @@ def erase(
     pipe = _pipeline(model)
     goal: Any = target or "null"
     adapter = erase_concepts(
-        pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 and len(concepts) > 1 else goal,
+        pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 else goal,
         preserve=_preserved(preserve), candidates=_candidates(candidate), coreferences=coreference or (), method=method,
         residual=residual, tokens=tokens, gate=gate, pack=pack,
     )  # fmt: skip

@@ -160,7 +160,7 @@ class ConceptGraph:
                 kind="predicted, no picture drawn" if self.measured is None else "measured on pictures",
                 within=f"{told.within:.2%}", between=f"{told.between:.2%}", asymmetry=f"{told.asymmetry:.0%}",
                 fragile=html.escape(fragile), matrix=self.matrix(),
-                data=json.dumps(data, ensure_ascii=False).replace("</", "<\\/"),
+                data=json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
             ),
         )  # fmt: skip
         return folder / "index.html"
