@@ -104,17 +104,9 @@ class TargetRanking(Sequence[Target]):
         return self.targets[index]
 
 
-@overload
-def search_targets(
-    pipe: Any, concept: str, candidates: str | Path | Iterable[str] = ..., **more: Any
-) -> TargetRanking: ...
-@overload
-def search_targets(
-    pipe: Any, concept: Sequence[str], candidates: str | Path | Iterable[str] = ..., **more: Any
-) -> tuple[TargetRanking, ...]: ...
 def search_targets(
     pipe: Any,
-    concept: str | Sequence[str],
+    concept: str,
     candidates: str | Path | Iterable[str] = "neighbours",
     *,
     k: int = 10,
@@ -130,16 +122,16 @@ def search_targets(
     templates: Sequence[str] | None = None,
     pack: str | Path | PackRecipe | None = None,
     on_words: Callable[[int, int], Any] = lambda done, total: None,
-) -> TargetRanking | tuple[TargetRanking, ...]:
+) -> TargetRanking:
     """The best places to send `concept`, with what each would hurt. Draws nothing, trains nothing, changes nothing.
 
     Args:
-        concept: what to erase; of several, a ranking for each, in which none of the others, nor what their erasure moves, is a target.
+        concept: what to erase.
         candidates: names, or where they come from: "words", "neighbours", WordNet's folder (`vocabulary.candidates`).
         k: length of a ranking.
         coreferences: other names of the concept; none of them is a target.
         preserve: names that are preserved; "auto" for those that the edit would hurt most, found anew until the target repeats.
-        erased: other concepts that are erased too.
+        erased: other concepts that are erased too: neither they, nor what their erasures move, are targets.
         among: names whose damage counts; None takes those that an edit of the concept moves most.
         mixture: up to this many names, 5 at most, are blended into one target, for styles; 1 looks at single names.
         shield: whether the target is preserved too.
@@ -156,15 +148,13 @@ def search_targets(
     """
     if not 1 <= mixture <= 5:
         raise EraseError(f"mixture is the most names in one target, 1 to 5: got {mixture}")
-    concepts = (concept,) if isinstance(concept, str) else tuple(concept)
     recipe = packs.recipe_of(pipe, pack)
-    searches = _searches(
-        Encoder(pipe), recipe, concepts, coreferences, erased, tokens=tokens,
+    (search,) = _searches(
+        Encoder(pipe), recipe, (concept,), coreferences, erased, tokens=tokens,
         templates=recipe.templates if templates is None else tuple(templates),
         residual=residual, shield=shield, synonym_max=synonym_max, on_words=on_words,
     )  # fmt: skip
-    rankings = tuple(search.ranking(candidates, among, preserve, k, mixture) for search in searches)
-    return rankings[0] if isinstance(concept, str) else rankings
+    return search.ranking(candidates, among, preserve, k, mixture)
 
 
 def choose(
@@ -434,7 +424,7 @@ def _judged(view: Surroundings, mixtures: Sequence[tuple[str, ...]], T: Tensor, 
     related, near = view.relatedness(middle), 1 - view.distance(middle)
     judged = []
     for i, names in enumerate(mixtures):
-        worst = damage[i].argsort(descending=True)[:WORST].tolist()
+        worst: list[int] = damage[i].argsort(descending=True)[:WORST].tolist()
         judged.append(
             Target(
                 names=names,

@@ -120,14 +120,6 @@ def test_a_synonym_is_refused_without_a_lexicon(tokenizer, few):
     assert dict(ranking.refused)["wolf"].startswith("a synonym")
 
 
-def test_of_several_concepts_none_is_sent_to_another(still):
-    pair = search(still, ["cat", "dog"], candidates=["cat", "dog", "wolf", "boat"])
-    assert [ranking.concept for ranking in pair] == ["cat", "dog"]
-    assert not {("cat",), ("dog",)} & {*names(pair[0]), *names(pair[1])}
-    alone = search(still, candidates=["dog", "wolf", "boat"])
-    assert ("dog",) in names(alone)  # the control
-
-
 def test_a_name_that_another_erasure_moves_is_a_chain(tokenizer):
     """Almost the same state as "dog", which is erased too: whoever is sent to "wolf" would go on."""
     pipe = twins(tokenizer, "dog", "wolf")
