@@ -127,7 +127,7 @@ def targets(
     coreference: Coreference = None,
     erased: Annotated[list[str] | None, typer.Option(help="Another concept that is erased too.")] = None,
     mixture: Annotated[int, typer.Option(min=1, max=5, help="Blend up to so many names, for styles.")] = 1,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many to list.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many to list.")] = 8,
     pack: Annotated[Path | None, typer.Option(help="Base pack: a JSON file with name and prompts.")] = None,
 ) -> None:
     """Rank where to send CONCEPT, by what it would do to other names. No picture is drawn."""

@@ -137,6 +137,8 @@ class Surroundings:
         first order.
         """
         Q = self.names
+        if len(Q) < 2:  # with nothing to be taken for
+            return Q.new_zeros(len(found.offsets))
         apart = self._apart
         near = apart.argsort(dim=1)[:, : min(NEAR, len(Q) - 1)]
         ways = (Q[:, None] - Q[near]) @ self.metric  # [m, NEAR, r, d]

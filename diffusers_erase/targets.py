@@ -32,7 +32,7 @@ Measured on emoji-sd: of its objects' paraphrases 95 % score above 0.51, of thei
 """
 
 NEAREST, SHORTLIST, AMONG, WORST = 3000, 8, 32, 10
-"""How many of a vocabulary are compared, and how many in context; how many names' damage counts; how many of these are told."""
+"""How many of a vocabulary are compared, and how many at least in context; how many names' damage counts; how many of these are told."""
 
 KEPT = 4
 """How many names `preserve="auto"` preserves."""
@@ -109,7 +109,7 @@ def search_targets(
     concept: str,
     candidates: str | Path | Iterable[str] = "neighbours",
     *,
-    k: int = 10,
+    k: int = 8,
     coreferences: Sequence[str] = (),
     preserve: str | Sequence[str] = (),
     erased: Sequence[str] = (),
@@ -252,10 +252,10 @@ class Search:
         most: int,
     ) -> TargetRanking:
         """The ranking; see `search_targets`."""
-        self.check(preserve)
+        self.check(preserve, among)
         names, refused = self._allowed(vocabulary.candidates(self.encoder, self.own[0], source))
         if names:
-            names, among, synonyms = self._closest(names, among)
+            names, among, synonyms = self._closest(names, among, max(k, SHORTLIST))
             refused += [(name, _synonym(score)) for name, score in synonyms]
         kept: tuple[str, ...] = () if preserve == "auto" else tuple(preserve)
         seen = set()
@@ -267,9 +267,11 @@ class Search:
             seen.add(best)
             kept = self.hurt_most(best, among)
 
-    def check(self, preserve: str | Sequence[str]) -> None:
+    def check(self, preserve: str | Sequence[str], among: Sequence[str] | None = None) -> None:
         """Raise unless the names can be read, and none is to be erased and preserved."""
         named = () if preserve == "auto" else preserve
+        if among is not None and not among:
+            raise EraseError("among is empty: name those whose damage counts, or leave it out for the most related")
         if isinstance(named, str):
             raise EraseError(f"preserve is a list of names, or 'auto': got {preserve!r}")
         for name in (*self.own, *self.erased, *named):
@@ -290,10 +292,10 @@ class Search:
         return left, refused
 
     def _closest(
-        self, names: list[str], among: Sequence[str] | None
+        self, names: list[str], among: Sequence[str] | None, most: int = SHORTLIST
     ) -> tuple[list[str], list[str], list[tuple[str, float]]]:
         """By bare names: the candidates worth a closer look, the names whose damage counts, and synonyms with their scores."""
-        if len(names) <= SHORTLIST and among is not None:
+        if len(names) <= most and among is not None:
             return names, list(among), []
         near, _ = self._allowed(self.encoder.nearest_words(self.own[0], self.encoder.words(), AMONG))
         pool = list(dict.fromkeys([*names, *(near if among is None else among)]))
@@ -303,7 +305,7 @@ class Search:
         if among is None:  # what the concept's other names lose is no damage
             related = view.relatedness(T).where(score <= self.synonym_max, -1.0)
             among = [pool[i] for i in related.argsort(descending=True)[:AMONG].tolist() if related[i] >= 0]
-        if len(names) <= SHORTLIST:
+        if len(names) <= most:
             return names, list(among), []
         place = {name: i for i, name in enumerate(pool)}
         view = replace(view, names=T[[place[name] for name in among]])
@@ -312,7 +314,7 @@ class Search:
         others = order[len(synonyms) : len(synonyms) + NEAREST]
         found = view.outlook(T[others, None])
         cost = (view.damage(found).mean(1) + view.confusion(found)).nan_to_num(torch.inf)
-        return [names[others[i]] for i in cost.argsort()[:SHORTLIST].tolist()], list(among), synonyms
+        return [names[others[i]] for i in cost.argsort()[:most].tolist()], list(among), synonyms
 
     def _ranked(
         self,

@@ -63,6 +63,14 @@ def test_of_a_few_candidates_the_damage_of_others_counts(still):
     assert len(few[0].hurt) == 10 and not {name for name, _ in few[0].hurt} <= {"dog", "wolf"}
     told = search(still, candidates=["dog", "wolf"], among=["boat", "car"])
     assert {name for name, _ in told[0].hurt} == {"boat", "car"}
+    alone = search(still, candidates=["dog", "wolf"], among=["boat"])
+    assert alone[0].confusion == 0 < told[0].confusion  # nothing to be taken for
+
+
+def test_a_family_with_two_encoders(sdxl):
+    ranking = search(sdxl, candidates=["dog", "tree", "boat"], synonym_max=0.9)
+    adapter = erase(sdxl, "cat", pack=PACK, templates=CONTEXTS, **ranking.options)
+    assert set(adapter.edits) == {"text", "pooled"} and adapter.recipes[0].targets == ranking[0].names
 
 
 @pytest.mark.parametrize("shield", [True, False])
@@ -150,6 +158,7 @@ def test_nothing_left_to_choose_from(still):
         ),
         ({"preserve": ["Cat"]}, "'Cat' is to be erased and preserved"),
         ({"preserve": "dog"}, "preserve is a list of names, or 'auto': got 'dog'"),
+        ({"among": []}, "among is empty"),
         ({"mixture": 6}, "mixture is the most names in one target, 1 to 5: got 6"),
         ({"templates": ["a cat"]}, "a template holds the name once"),
     ],
