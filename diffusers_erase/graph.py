@@ -21,7 +21,6 @@ from PIL import Image
 
 from . import hub, packs, vocabulary
 from .adapter import ErasureAdapter
-from .verbs import load_erasure, unload_erasure
 from .bench import images
 from .bench.judges import Judge, sees
 from .bench.suites import Prompt, Settings, Suite
@@ -30,6 +29,7 @@ from .errors import EraseError
 from .sites import TEXT
 from .targets import readout
 from .text import Encoder, roles_of
+from .verbs import load_erasure, unload_erasure
 
 Measure = Callable[[str, list[Image.Image], list[Image.Image]], float]
 """What a name lost, from its pictures before and after; NaN where that cannot be told."""

@@ -394,7 +394,11 @@ class Search:
         return found
 
     def _around(self, names: Tensor, templates: Sequence[str], preserve: Sequence[str] = ()) -> Surroundings:
-        own = self._rows(self.own[:1]) if templates != BARE else self.encoder.table(self.own[:1], self.roles, BARE)
+        own = (
+            vocabulary.table(self.encoder, self.own[:1], self.roles, BARE)
+            if templates == BARE
+            else self._rows(self.own[:1])
+        )
         null = self.encoder.null_rows(self.roles)
         return Surroundings(
             concept=own[0],

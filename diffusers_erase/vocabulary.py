@@ -107,20 +107,27 @@ def table(
     templates: Sequence[str],
     on_words: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Tensor:
-    """`Encoder.table` of many names `[n, roles, d]`, kept for this encoder in the user's cache folder: a killed run goes on.
+    """`Encoder.table` of many names `[n, roles, d]`, read briefly. What is many is kept for this encoder in the user's cache
+    folder: a killed run goes on.
 
     Args:
         on_words: called with (done, total) after each chunk, for progress.
     """
+
+    def read(some: Sequence[str]) -> Tensor:
+        prompts = [template.replace("{}", name) for name in some for template in templates]
+        reading = encoder if "pads" in roles else encoder.brief(prompts)
+        return reading.table(some, roles, templates)
+
     if len(names) <= CHUNK:
-        return encoder.table(names, roles, templates)
+        return read(names)
     known, parts = encoder.states_digest()[:16], []
     for start in range(0, len(names), CHUNK):
         chunk = list(names[start : start + CHUNK])
         asked = hashlib.sha256(repr((chunk, tuple(roles), tuple(templates))).encode()).hexdigest()[:16]
 
         def make(chunk: list[str] = chunk) -> dict[str, Tensor]:
-            return {"rows": encoder.table(chunk, roles, templates).float()}
+            return {"rows": read(chunk).float()}
 
         parts.append(hub.cached(f"names-{known}-{asked}", make)["rows"])
         on_words(min(start + CHUNK, len(names)), len(names))
