@@ -198,7 +198,7 @@ def test_mixtures_of_a_few_names(still):
 
 @pytest.mark.parametrize("source", ["words", "neighbours"])
 def test_candidates_from_the_tokenizer(still, source):
-    ranking = search(still, candidates=source, k=100)
+    ranking = search(still, candidates=source)
     assert set(names(ranking)) <= {(word,) for word in Encoder(still).words()} and 0 < len(ranking) <= 8
 
 
