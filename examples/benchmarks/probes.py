@@ -65,7 +65,11 @@ def curve(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=list(OBJECTS))
-    parser.add_argument("--probes", nargs="+", default=list(PROBES), choices=list(PROBES), metavar="PROBE")
+    parser.add_argument(
+        "--probes", nargs="+", choices=list(PROBES), metavar="PROBE",
+        default=[name for name, known in PROBES.items() if not known.trains],
+        help="by default those that train nothing; the others need a larger budget",
+    )  # fmt: skip
     parser.add_argument("--coreferences", action="store_true", help="name each object's paraphrases when erasing it")
     parser.add_argument(
         "--budget", type=int, default=800, help="forwards of a probe on one object; a picture takes 20"
