@@ -230,7 +230,7 @@ def main():
         return
     if not arguments.verbs:
         print(
-            "| d | concepts | rows | compose | solve | peak memory | a step | toggle one | LoRA of that rank | its step |\n|"
+            "| d | concepts | bytes | compose | solve | peak memory | a step | toggle one | LoRA of that rank | its step |\n|"
             + "---|" * 10
         )
         for width in arguments.widths:
@@ -253,18 +253,28 @@ def cells(count, width):
     """The numbers of one line, from a process of its own."""
     call = [sys.executable, __file__, "--one", str(count), str(width)]
     found = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
-    sizes = [f"{found[name] / 1e6:,.1f} MB" for name in ("bytes", "memory", "lora bytes")]
+    sizes = [size(found[name]) for name in ("bytes", "memory", "lora bytes")]
     return [
         f"{sizes[0]}", say([found["compose"]]), say(found["solve"]), sizes[1], say(found["step"]), say(found["toggle"]),
         sizes[2], say(found["lora step"]),
     ]  # fmt: skip
 
 
+def size(count):
+    return (
+        f"{count / 1e6:,.0f} MB"
+        if count >= 1e7
+        else f"{count / 1e6:.1f} MB"
+        if count >= 1e6
+        else f"{count / 1e3:.0f} kB"
+    )
+
+
 def say(times):
     if times is None:
         return "–"
     unit, factor = ("s", 1) if times[0] >= 1 else ("ms", 1e3) if times[0] >= 1e-3 else ("µs", 1e6)
-    middle, *ends = (f"{t * factor:.3g}" for t in times)
+    middle, *ends = (f"{t:,.0f}" if t >= 100 else f"{t:.2g}" for t in (t * factor for t in times))
     return f"{middle} {unit} ({ends[0]}–{ends[1]})" if ends and ends[0] != ends[1] else f"{middle} {unit}"
 
 
