@@ -287,15 +287,20 @@ def text_arguments(reader: nn.Module, states: Mapping[str, Tensor]) -> dict[str,
         outer, inner = space.argument[0], space.argument[-1]
         found[outer] = states[name].to(like) if outer == inner else {inner: states[name].to(like)}
     if "added_cond_kwargs" in found:
-        side = 8.0 * (unet.config.sample_size or 0)
-        count = (
-            unet.config.projection_class_embeddings_input_dim - widths(reader)[POOLED]
-        ) // unet.config.addition_time_embed_dim
-        ids = (
-            (side, side, 0, 0, side, side) if count == 6 else (side, side, 0, 0, 6)
-        )  # a refiner reads a score of beauty
+        _, height, width = (8 * n for n in latent_shape(unet))
+        added = unet.config.projection_class_embeddings_input_dim - widths(reader)[POOLED]
+        # Size, crop and target size; a refiner reads a score of beauty instead of the last.
+        six = added == 6 * unet.config.addition_time_embed_dim
+        ids = (height, width, 0, 0, height, width) if six else (height, width, 0, 0, 6)
         found["added_cond_kwargs"]["time_ids"] = like.new_tensor(ids).expand(len(states[TEXT]), -1)
     return found
+
+
+def latent_shape(unet: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the latents that a UNet was made for."""
+    size = unet.config.sample_size or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
 
 
 def text_layers(reader: nn.Module, parts: Iterable[str]) -> list[str]:

@@ -302,6 +302,11 @@ class Encoder:
             self._words = tuple(text for text, own in zip(likely, ids, strict=True) if len(own) == 1)
         return self._words
 
+    def words_beside(self, names: Sequence[str]) -> list[str]:
+        """`words` without those that name one of `names`: its own words, parts of them, and words that hold one."""
+        named = " ".join(names).lower().split()
+        return [w for w in self.words() if not any(w.lower() in own or own in w.lower() for own in named)]
+
     @torch.no_grad()
     def nearest_words(self, name: str, words: Sequence[str], count: int) -> list[str]:
         """Those of `words` whose token embeddings lie nearest to the mean of `name`'s, by cosine; the nearest first."""

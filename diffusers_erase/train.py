@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .edits import same_name
 from .errors import EraseError
 from .factors import Factors, Pair, probe
-from .sites import POOLED, TEXT, matrix, text_arguments, text_layers, text_readers, twin
+from .sites import POOLED, TEXT, latent_shape, matrix, text_arguments, text_layers, text_readers, twin
 from .task import METHODS, Method, Task
 from .text import States
 
@@ -36,8 +37,6 @@ FIXED = {"residual": None, "tokens": "", "gate": None, "pack": None}
 
 UNRECORDED = ("checkpoint", "every")
 """Options that say where a run is kept, not what it does."""
-
-STATE = "training.pt"
 
 NAME = "learned"
 
@@ -181,7 +180,10 @@ class Lesson:
         self.unet.to(self.device)
         self.scheduler = _scheduler(pipe.scheduler, training.steps)
         self.losses: dict[str, list[float]] = {}
-        self.progress = copy(pipe).progress_bar
+        quiet = copy(pipe)
+        if not self.accelerator.is_main_process:
+            quiet.set_progress_bar_config(disable=True)
+        self.progress = quiet.progress_bar
         names = [task.concept, task.coreferences, task.targets, task.preserve, task.templates]
         self.identity = json.dumps([asked | {"updates": 0}, names, self.base], sort_keys=True, default=str)
         self.empty = self._flat(task.encoder.encode([""]))
@@ -209,9 +211,7 @@ class Lesson:
         """`given` names, checked; else the `count` words of the tokenizer nearest to the concept that do not name it."""
         encoder, own = self.task.encoder, (self.task.concept, *self.task.coreferences)
         if given is None:
-            parts = " ".join(own).lower().split()
-            free = [w for w in encoder.words() if not any(w.lower() in part or part in w.lower() for part in parts)]
-            given = encoder.nearest_words(self.task.concept, free, count)
+            given = encoder.nearest_words(self.task.concept, encoder.words_beside(own), count)
         names = tuple(dict.fromkeys([given] if isinstance(given, str) else given))
         for name in names:
             encoder.check_name(name)
@@ -282,10 +282,9 @@ class Lesson:
         size = self.training.batch // (self.training.accumulation * self.accelerator.num_processes)
         first = (self.accelerator.process_index * self.training.accumulation + part) * size
         seed = (self.training.seed, update, player)
-        shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
         step = int(torch.randint(self.training.steps, (1,), generator=_generator(*seed)))
         items = [_generator(*seed, item) for item in range(first, first + size)]
-        return Draw(step, items, len(self.task.templates), shape)
+        return Draw(step, items, len(self.task.templates), latent_shape(self.unet))
 
     def train(self, *players: Player) -> Factors:
         """Let the players take their steps in turn, `updates` times; gives what the LoRA has become.
@@ -339,11 +338,16 @@ class Lesson:
         optimizer.step()
         self.losses.setdefault(player.name, []).append(value)
 
+    @property
+    def _file(self) -> Path | None:
+        """Where this run is kept: each concept has a file of its own."""
+        name = re.sub(r"\W+", "-", self.task.concept.lower())
+        return None if self.training.checkpoint is None else Path(self.training.checkpoint) / f"{name}.pt"
+
     def _keep(self, players: Sequence[Player], sides: Sequence[Any], done: int) -> None:
         """Write the run as it is now; the file appears whole or not at all."""
-        if self.training.checkpoint is None:
+        if (file := self._file) is None:
             return
-        file = Path(self.training.checkpoint) / STATE
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         state = {"identity": self.identity, "done": done, "losses": self.losses}
@@ -355,7 +359,7 @@ class Lesson:
 
     def _resume(self, players: Sequence[Player], sides: Sequence[Any]) -> int:
         """Take up the run in the checkpoint's folder; gives the updates that are done."""
-        if self.training.checkpoint is None or not (file := Path(self.training.checkpoint) / STATE).is_file():
+        if (file := self._file) is None or not file.is_file():
             return 0
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["identity"] != self.identity or state["done"] > self.training.updates:

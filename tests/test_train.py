@@ -331,6 +331,12 @@ def test_an_interrupted_run_gives_the_same_tensors(sd1, method, tmp_path):
         short(sd1, method, updates=5, seed=1, checkpoint=str(tmp_path), **options)
 
 
+def test_each_concept_of_a_call_has_its_own_checkpoint(sd1, tmp_path):
+    both = short(sd1, concept=["cat", "van gogh"], checkpoint=str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.pt", "van-gogh.pt"]
+    assert short(sd1, concept=["cat", "van gogh"], checkpoint=str(tmp_path)).digest == both.digest
+
+
 def test_parts_of_a_batch_are_the_same_update(sd1):
     """One step of plain descent would be the same to rounding; Adam's first is ±rate, so gradients are compared."""
 

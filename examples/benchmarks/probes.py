@@ -19,7 +19,14 @@ from diffusers_erase.bench.metrics import Share
 from diffusers_erase.bench.probes import PROBES, Setting
 
 OBJECTS = ("butterfly", "guitar", "snail")
-OPTIONS = {"concept-vector": {"scales": (1.0, 3.0), "population": 16, "generations": 15}}
+OPTIONS = {
+    "concept-vector": {"scales": (1.0, 3.0), "population": 16, "generations": 15},
+    "guidance": {"pictures": 8},
+    "inversion": {"tokens": (2,), "pictures": 4, "updates": 40},
+    "prefixes": {"words": (4,)},
+    "relearning": {"updates": (5, 10, 20, 40), "pictures": 4},
+}
+"""What leaves those that learn half of the default budget for pictures."""
 SHARES = ("came_back", "control", "chance")
 
 

@@ -8,12 +8,7 @@ from .subject import Subject
 
 def vocabulary(subject: Subject) -> list[str]:
     """Whole words of the tokenizer, without those that name the concept."""
-    named = " ".join((subject.concept, *subject.setting.names)).lower().split()
-    return [
-        word
-        for word in subject.encoder.words()
-        if not any(word.lower() in own or own in word.lower() for own in named)
-    ]
+    return subject.encoder.words_beside((subject.concept, *subject.setting.names))
 
 
 def random_names(subject: Subject, count: int, words: int, salt: str = "") -> list[str]:
