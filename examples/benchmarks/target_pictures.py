@@ -1,5 +1,6 @@
 """Target search against pictures, on emoji-sd: does the predicted damage rank the measured one, and is the found target good?
 
+    python examples/benchmarks/target_pictures.py choices  # what is found for 20 objects; draws nothing
     python examples/benchmarks/target_pictures.py kinds    # 20 objects and 2 styles, each sent to 8 kinds of target
     python examples/benchmarks/target_pictures.py brute    # 8 objects, each sent to each of 20 candidates
     python examples/benchmarks/target_pictures.py study    # AGE's section 3: 25 objects in 5 groups, each against each
@@ -377,6 +378,20 @@ def study_table(entries: list[dict[str, Any]]) -> None:
         print(f"| {kind} | {np.nanmean(inside):.1f} | {np.nanmean(outside):.1f} | {np.nanmean(apart):.1f} | {said} |")
 
 
+def choices() -> None:
+    """What the search finds for every object of the ablation, among all objects; no picture."""
+    pipe = world.load()
+    print(
+        "| concept | found | collateral | without preserving it | the empty prompt's | refused |\n|---|---|---|---|---|---|"
+    )
+    for concept in ablation.OTHERS:
+        kept, bare = (search_targets(pipe, concept, world.OBJECTS, shield=shield) for shield in (True, False))
+        same = next((t.collateral for t in bare if t.names == kept[0].names), float("nan"))
+        refused = ", ".join(name for name, _ in kept.refused if name != concept) or "none"
+        told = f"{kept[0].collateral:.2%} | {same:.2%} | {kept.null.collateral:.2%} | {refused}"
+        print(f"| {concept} | {kept[0].names[0]} | {told} |", flush=True)
+
+
 def tables(work: Path) -> None:
     """Markdown tables of every stage."""
     entries = results(work)
@@ -399,14 +414,14 @@ def tables(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("kinds", "brute", "study", "tables"))
+    parser.add_argument("stage", choices=("choices", "kinds", "brute", "study", "tables"))
     parser.add_argument("--work", type=Path, default=Path("targets-work"))
     parser.add_argument("--pictures", type=Path, help="by default in --work; ablation.py's folder has some of them")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.stage == "tables":
-        return tables(options.work)
+    if options.stage in ("choices", "tables"):
+        return choices() if options.stage == "choices" else tables(options.work)
     run(options.stage, options.work, options.pictures or options.work / "pictures")
 
 
