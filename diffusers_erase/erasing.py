@@ -42,9 +42,10 @@ def erase(
         target: where to send it: `"null"` (or `""`) the empty prompt, `"auto"` the best that `search_targets` finds, a name, or
             several names for their mean. With several concepts, one target for all, or a list with one for each.
         preserve: names that should stay as they are, softly; `"auto"` for those that the edit would hurt most.
-        candidates: where `"auto"` looks for a target: names, `"neighbours"`, `"words"` or WordNet's folder (see `search_targets`).
+        candidates: where `"auto"` looks for a target: names, `"neighbours"`, `"words"` or WordNet's folder (see `search_targets`);
+            and among what `"ap"` and `"age"` choose: names, or `"neighbours"`.
         coreferences: other names of the same concept.
-        method: `"ridge"` or `"uce"`; see `diffusers_erase.METHODS`.
+        method: `"ridge"`, `"uce"`, or one that trains (`"esd"`, `"ap"`, `"age"`); see `diffusers_erase.METHODS`.
         residual: share of the way to the target that is left, in (0, 1); 0.02 (default) is strong, 0.3 mild.
         tokens: which rows to edit: `last` subject token or all of the `name`, `eot`, `pads`, joined by `+`; `all`.
             By default `last+eot`. `"uce"` has its own tokens, templates and strength.
@@ -81,6 +82,8 @@ def erase(
         raise EraseError(
             f"gate is the resemblance below which the edit lets go, between 0 and 1, such as 0.7: got {gate}"
         )
+    if "candidates" in chosen.options:
+        settings["candidates"] = candidates
     encoder = Encoder(pipe)
     recipe = packs.recipe_of(pipe, pack)
     defaults = {"residual": 0.02, "tokens": "last+eot", "templates": recipe.templates}

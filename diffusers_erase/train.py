@@ -207,10 +207,10 @@ class Lesson:
         """For each item one of the names of `states` `[n, contexts, f]`, in its context: `[b, f]`."""
         return states[draw.integers(len(states)), draw.context].to(self.device)
 
-    def candidates(self, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
-        """`given` names, checked; else the `count` words of the tokenizer nearest to the concept that do not name it."""
+    def candidates(self, given: str | Sequence[str], count: int) -> tuple[str, ...]:
+        """`given` names, checked; of `"neighbours"` the `count` words nearest to the concept that do not name it."""
         encoder, own = self.task.encoder, (self.task.concept, *self.task.coreferences)
-        if given is None:
+        if given == "neighbours":
             given = encoder.nearest_words(self.task.concept, encoder.words_beside(own), count)
         names = tuple(dict.fromkeys([given] if isinstance(given, str) else given))
         for name in names:

@@ -290,7 +290,7 @@ def test_a_soft_choice_mixes_the_largest(sd1):
 
 def test_candidates_by_default_are_near_and_do_not_name_the_concept(sd1):
     one = lesson(sd1, "cat")
-    found = one.candidates(None, 5)
+    found = one.candidates("neighbours", 5)
     assert len(found) == 5 and "cat" not in found and set(found) <= set(Encoder(sd1).words())
 
 

@@ -54,7 +54,7 @@ class Game:
 def age(
     lesson: Lesson,
     *,
-    candidates: Sequence[str] | None = None,
+    candidates: str | Sequence[str] = "neighbours",
     count: int = 20,
     eta: float = 1.0,
     keep: float = 1.0,
@@ -67,7 +67,7 @@ def age(
     """Min–max game of the weights and a target among candidates, which is learned by Gumbel-softmax; the target is in the recipe.
 
     Args:
-        candidates: names that may be the target; by default the `count` words nearest to the concept.
+        candidates: names that may be the target; `"neighbours"` are the `count` words nearest to the concept.
         keep: weight λ of the target's preservation.
         temperature, hard, top: of the Gumbel-softmax; the paper's 0.1 and hard for objects, 2 and soft for styles.
         choice_rate: learning rate of the target.

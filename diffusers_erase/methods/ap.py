@@ -18,7 +18,7 @@ from ..train import Choice, Draw, Learned, Lesson, Player, trained
 def ap(
     lesson: Lesson,
     *,
-    candidates: Sequence[str] | None = None,
+    candidates: str | Sequence[str] = "neighbours",
     count: int = 20,
     eta: float = 1.0,
     keep: float = 1.0,
@@ -29,7 +29,7 @@ def ap(
     """ESD that preserves the candidate which is hurt most, found by Gumbel-softmax in alternating steps.
 
     Args:
-        candidates: names that may be hurt; by default the `count` words nearest to the concept.
+        candidates: names that may be hurt; `"neighbours"` are the `count` words nearest to the concept.
         keep: weight λ of what is preserved.
         temperature, hard: of the Gumbel-softmax.
         choice_rate: learning rate of the adversary.
