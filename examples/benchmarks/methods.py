@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "UCE, generic": {"method": "uce", "target": "generic"},
     "ridge, null": {},
     "ridge, generic": {"target": "generic"},
+    "ridge, auto": {"target": "auto"},
     "ridge, AGE's target": {"target": "learned"},
     "ESD": {"method": "esd"} | BUDGET,
     "AP": {"method": "ap", "candidates": "near"} | BUDGET,
