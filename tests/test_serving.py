@@ -205,6 +205,7 @@ def test_rows_through_a_compiled_denoiser(served):
 
     served.unet.compile(backend=counting, fullgraph=True)
     plain = forward(served, text)
+    bare = len(graphs)
     with erasing(served, rows=ROWS):
         assert error(forward(served, text), expected) < AGREE
     first = len(graphs)
@@ -212,7 +213,7 @@ def test_rows_through_a_compiled_denoiser(served):
         with erasing(served, rows=rows):
             found = forward(served, text)
         assert error(found, expected) > AGREE  # control
-    assert first == 2 and len(graphs) <= 3  # other sets, same shapes: at most one more
+    assert bare and first == bare + 1 and len(graphs) <= first + 1  # other sets, same shapes: at most one more
     assert error(forward(served, text), plain) < AGREE
     with erasing(served, rows=ROWS):
         refused("draws 2 rows", forward, served, text[:2])
