@@ -190,6 +190,20 @@ def test_two_processes_of_a_launcher_share_the_work(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gated_adapter_is_tried_beside_its_linear_part(command, tmp_path):
+    """Fused weights and twins are the linear part, so its card states both."""
+    gated = erase(world.load(), "cat", gate=0.5)
+    gated.save_pretrained(tmp_path / "gated")
+    run(*command[:4], "--adapter", tmp_path / "gated", "--linear", "--batch", "2", "--out", tmp_path / "out")
+    found = {t["name"]: t["adapter"]["digest"] for t in told(tmp_path / "out")["trials"]}
+    assert found == {"gated": gated.digest, "gated (linear part)": gated.linear.digest}
+    assert gated.digest != gated.linear.digest
+    gated.save_pretrained(tmp_path / "gated", report=tmp_path / "out")
+    card = (tmp_path / "gated" / "README.md").read_text()
+    assert "| gated |" in card and "| gated (linear part) |" in card
+
+
+@pytest.mark.slow
 def test_memory_does_not_grow_over_ten_thousand_pictures():
     script = Path(__file__).parents[1] / "examples" / "benchmarks" / "many_pictures.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
