@@ -26,6 +26,7 @@ from .bench.judges import Judge, sees
 from .bench.suites import Prompt, Settings, Suite
 from .erasing import erase
 from .errors import EraseError
+from .outlook import squared
 from .sites import TEXT
 from .targets import readout
 from .text import Encoder, roles_of
@@ -247,12 +248,10 @@ def _predictor(
     roles = roles_of(options.get("tokens") or "last+eot", 1)
     null = encoder.null_rows(roles)
     rows = vocabulary.table(encoder, names, roles, templates)
-    away = rows - torch.stack([null[role] for role in roles])
-    whole = ((away @ metric) * away).sum(-1)
+    whole = squared(rows - torch.stack([null[role] for role in roles]), metric)
 
     def predict(adapter: ErasureAdapter) -> tuple[float, ...]:
-        change = rows @ adapter.edits[TEXT].matrix
-        return tuple((((change @ metric) * change).sum(-1) / whole).sqrt().mean(1).tolist())
+        return tuple((squared(rows @ adapter.edits[TEXT].matrix, metric) / whole).sqrt().mean(1).tolist())
 
     return predict
 

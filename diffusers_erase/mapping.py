@@ -71,8 +71,8 @@ def effects(encoder: Encoder, asked: Sequence[tuple[Mapping[str, Edit], str]]) -
     states: dict[tuple[str, tuple[str, ...]], Tensor] = {}
     for roles in dict.fromkeys(roles for _, _, roles in named):
         names = list(dict.fromkeys(name for name, _, own in named if own == roles))
-        reading = encoder if "pads" in roles else encoder.brief(names)
-        states |= dict(zip(((name, roles) for name in names), reading.table(names, roles, ("{}",)), strict=True))
+        rows = encoder.table(names, roles, ("{}",), brief=True)
+        states |= dict(zip(((name, roles) for name in names), rows, strict=True))
     shares = iter(_share(edit, _own(edit, name).offsets, states[name, roles]) for name, edit, roles in named)
     return [min(next(shares) for _ in some) for _, some in alone]
 

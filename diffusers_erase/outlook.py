@@ -81,6 +81,11 @@ def _strengths(values: Tensor, along: Tensor, residual: float) -> Tensor:
     return torch.where(possible, 10 ** ((low + high) / 2), math.nan)
 
 
+def squared(changes: Tensor, metric: Tensor) -> Tensor:
+    """‖e‖²_M = e M eᵀ of each e in `[..., d]`."""
+    return ((changes @ metric) * changes).sum(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class Surroundings:
     """A concept among the names whose damage counts, all as float64 rows of the same r token roles."""
@@ -115,8 +120,7 @@ class Surroundings:
         """`[N, m]`: how far each name's keys and values move, as a share of the way to the empty prompt, mean over roles."""
         cross = found.offsets @ self.metric @ found.offsets.mT
         moved = torch.einsum("nmi,nij,nmj->nm", found.answers, cross, found.answers).clamp_min(0).sqrt()
-        away = self.names - self.empty
-        whole = ((away @ self.metric) * away).sum(-1).clamp_min(1e-300).sqrt()
+        whole = squared(self.names - self.empty, self.metric).clamp_min(1e-300).sqrt()
         return (moved.view(len(moved), *whole.shape) / whole).mean(2)
 
     def relatedness(self, T: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ class Surroundings:
     def distance(self, T: Tensor) -> Tensor:
         """`[N]`: ‖t − c‖_M as a share of the concept's way to the empty prompt: 0 is the same to the model."""
         gaps = [rows - self.concept for rows in (T, self.empty)]
-        far, whole = (((gap @ self.metric) * gap).sum((-2, -1)).sqrt() for gap in gaps)
+        far, whole = (squared(gap, self.metric).sum(-1).sqrt() for gap in gaps)
         return far / whole
 
     def confusion(self, found: Outlook) -> Tensor:

@@ -247,10 +247,18 @@ class Encoder:
             self._rows[asked] = dict(zip(roles, self.table([name], roles, templates)[0], strict=True))
         return self._rows[asked]
 
-    def table(self, names: Sequence[str], roles: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """The rows of many names, `[names, roles, d]` (float64), their prompts encoded in batches that names share."""
+    def table(
+        self, names: Sequence[str], roles: Sequence[str], templates: Sequence[str], *, brief: bool = False
+    ) -> Tensor:
+        """The rows of many names, `[names, roles, d]` (float64), their prompts encoded in batches that names share.
+
+        Args:
+            brief: read by a `brief` encoder, where no pads are asked for.
+        """
         check_templates(templates)
         prompts = [(template, name) for name in names for template in templates]
+        if brief and "pads" not in roles:
+            return self.brief([t.replace("{}", n) for t, n in prompts]).table(names, roles, templates)
         found: list[Tensor] = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]

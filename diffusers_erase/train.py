@@ -268,12 +268,19 @@ class Lesson:
         before = self.clean(noisy, self.frozen(noisy, states, grad=through_both))
         return nn.functional.mse_loss(self.clean(noisy, self.trained(noisy, states)), before)
 
+    def missed(self, draw: Draw, concept: Tensor, target: Tensor, eta: float) -> Tensor:
+        """Mean square of how far x̂₀ of the concept is from ESD's goal (`led`): what AP and AGE erase by."""
+        noisy = self.sample(concept, draw)
+        goal = self.clean(noisy, self.led(noisy, concept, target, eta))
+        return nn.functional.mse_loss(self.clean(noisy, self.trained(noisy, concept)), goal)
+
+    def hurt(self, draw: Draw, states: Tensor, *, through_both: bool = False) -> Tensor:
+        """`drift` of a prompt on latents that are sampled for it; no gradient goes through the sampling."""
+        return self.drift(self.sample(states, draw), states, through_both=through_both)
+
     def keeping(self, draw: Draw) -> Tensor | float:
-        """`drift` on the preserved names; 0 where there are none."""
-        if self.preserved is None:
-            return 0.0
-        states = self.pick(self.preserved, draw)
-        return self.drift(self.sample(states, draw), states)
+        """What the preserved names are `hurt`; 0 where there are none."""
+        return 0.0 if self.preserved is None else self.hurt(draw, self.pick(self.preserved, draw))
 
     # --- the loop ---
 

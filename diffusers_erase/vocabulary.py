@@ -113,21 +113,15 @@ def table(
     Args:
         on_words: called with (done, total) after each chunk, for progress.
     """
-
-    def read(some: Sequence[str]) -> Tensor:
-        prompts = [template.replace("{}", name) for name in some for template in templates]
-        reading = encoder if "pads" in roles else encoder.brief(prompts)
-        return reading.table(some, roles, templates)
-
     if len(names) <= CHUNK:
-        return read(names)
+        return encoder.table(names, roles, templates, brief=True)
     known, parts = encoder.states_digest()[:16], []
     for start in range(0, len(names), CHUNK):
         chunk = list(names[start : start + CHUNK])
         asked = hashlib.sha256(repr((chunk, tuple(roles), tuple(templates))).encode()).hexdigest()[:16]
 
         def make(chunk: list[str] = chunk) -> dict[str, Tensor]:
-            return {"rows": read(chunk).float()}
+            return {"rows": encoder.table(chunk, roles, templates, brief=True).float()}
 
         parts.append(hub.cached(f"names-{known}-{asked}", make)["rows"])
         on_words(min(start + CHUNK, len(names)), len(names))

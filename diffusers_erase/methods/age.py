@@ -31,16 +31,13 @@ class Game:
     def weights_loss(self, draw: Draw) -> Tensor:
         lesson, target = self.lesson, self.target(draw).detach()
         concept = lesson.pick(lesson.concept, draw)
-        noisy, kept = lesson.sample(concept, draw), lesson.sample(target, draw)
-        goal = lesson.clean(noisy, lesson.led(noisy, concept, target, self.eta))
-        erase = mse_loss(lesson.clean(noisy, lesson.trained(noisy, concept)), goal)
-        return erase + self.keep * lesson.drift(kept, target) + lesson.keeping(draw)
+        erase = lesson.missed(draw, concept, target, self.eta)
+        return erase + self.keep * lesson.hurt(draw, target) + lesson.keeping(draw)
 
     def target_loss(self, draw: Draw) -> Tensor:
         lesson, target = self.lesson, self.target(draw)
         concept = lesson.pick(lesson.concept, draw)
-        kept = lesson.sample(target.detach(), draw)
-        hurt = lesson.drift(kept, target, through_both=not self.released)
+        hurt = lesson.hurt(draw, target, through_both=not self.released)
         return self.away(draw, concept, target) + self.keep * hurt
 
     def away(self, draw: Draw, concept: Tensor, target: Tensor) -> Tensor:

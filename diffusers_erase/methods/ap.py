@@ -9,7 +9,6 @@ ESD that keeps whatever name it hurts most at that moment. Deviations: see esd.p
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from ..train import Choice, Draw, Learned, Lesson, Player, trained
 
@@ -38,16 +37,13 @@ def ap(
 
     def erased_and_kept(draw: Draw) -> Tensor:
         concept, target = lesson.pick(lesson.concept, draw), lesson.pick(lesson.target, draw)
-        noisy = lesson.sample(concept, draw)
-        goal = lesson.clean(noisy, lesson.led(noisy, concept, target, eta))
-        erase = mse_loss(lesson.clean(noisy, lesson.trained(noisy, concept)), goal)
-        return erase + keep * hurt(draw, adversary(draw).detach()) + lesson.keeping(draw)
-
-    def hurt(draw: Draw, states: Tensor) -> Tensor:
-        return lesson.drift(lesson.sample(states.detach(), draw), states)
+        erase = lesson.missed(draw, concept, target, eta)
+        return erase + keep * lesson.hurt(draw, adversary(draw).detach()) + lesson.keeping(draw)
 
     factors = lesson.train(
         Player("weights", erased_and_kept),
-        Player("adversary", lambda draw: hurt(draw, adversary(draw)), [adversary.logits], choice_rate, ascends=True),
+        Player(
+            "adversary", lambda draw: lesson.hurt(draw, adversary(draw)), [adversary.logits], choice_rate, ascends=True
+        ),
     )
     return Learned(factors, told={"candidates": adversary.names, "hurt most": adversary.weights()})

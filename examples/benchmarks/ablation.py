@@ -11,21 +11,20 @@ Pictures of the unedited model are drawn once for all settings. Shares count pic
 """
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import paired
 import torch
 from PIL import Image, ImageDraw
 
-from diffusers_erase import ErasureAdapter, compose, erase, hub, load_erasure, unload_erasure, world
+from diffusers_erase import ErasureAdapter, compose, erase, hub, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.metrics import Estimate, Share, clustered
-from diffusers_erase.bench.suites import Prompt, Settings, Suite
 from diffusers_erase.edits import Edit, Label
 from diffusers_erase.sites import TEXT
 from diffusers_erase.text import Encoder, PackRecipe, background, base_pack
@@ -38,6 +37,7 @@ OTHERS = (
     "pizza", "doughnut", "beer", "bus", "rocket", "sun", "soccer ball", "trumpet", "hat", "hammer",
 )  # fmt: skip
 ENGLISH = Path(str(resources.files("diffusers_erase") / "data" / "english.json"))
+RESULTS = "results.jsonl"
 STYLES, OTHER_STYLES = ("noto", "ink"), ("fluent", "pixel")
 
 
@@ -140,23 +140,11 @@ CONFIRMED = (
 TOGETHER = (DEFAULT, "λ 0.5, coreferences", "uce")
 
 
-class Case(NamedTuple):
-    """A picture to draw before and after, and the part it plays: concept, paraphrase, neighbour or unrelated."""
-
-    role: str
-    prompt: Prompt
-
-
-SHARES = {
-    "concept left": ("concept", "own"),
-    "paraphrases left": ("paraphrase", "own"),
-    "neighbours kept": ("neighbour", "object"),
-    "unrelated kept": ("unrelated", "object"),
-    "styles kept": ("unrelated", "style"),
+SHARES = paired.SHARES | {
     "seals left": ("seal", "seal"),
     "objects kept in the style": ("concept", "object"),
 }
-"""What is counted: of which pictures, and whether it is the erased thing itself, the object, the style or the seal that is looked for."""
+"""As in paired.py, and the seal that no caption names."""
 
 
 def target_of(concept: str, kind: str) -> str:
@@ -188,15 +176,17 @@ def make(pipe: Any, concepts: list[str], setting: Setting) -> ErasureAdapter:
     return compose(*made, residual_max=None) if len(made) > 1 else made[0]
 
 
-def cases_of(concept: str, size: str) -> list[Case]:
+def cases_of(concept: str, size: str) -> list[paired.Case]:
     """What is drawn for one concept; `screen` is small, `confirm` large. The choice depends on the concept's name only."""
     draw, large = random.Random(concept), size == "confirm"
     if concept in world.STYLES:
         objects = draw.sample(world.OBJECTS, 20 if large else 12)
         others = [s for s in world.STYLES if s != concept]
         return [
-            *_cases("concept", [(o, concept, seed) for o in objects for seed in range(4 if large else 1)]),
-            *_cases("unrelated", [(o, style, 0) for o in objects for style in (others if large else others[:2])]),
+            *paired.cases("concept", [(o, concept, seed) for o in objects for seed in range(4 if large else 1)]),
+            *paired.cases(
+                "unrelated", [(o, style, 0) for o in objects for style in (others if large else others[:2])]
+            ),
         ]
     near = world.neighbours(concept, 5)
     far = draw.sample(
@@ -205,53 +195,35 @@ def cases_of(concept: str, size: str) -> list[Case]:
     styles = world.STYLES if large else STYLES
     words = world.paraphrases(concept)[:2]
     return [
-        *_cases("concept", [(concept, s, seed) for s in world.STYLES for seed in range(4 if large else 1)]),
-        *_cases("paraphrase", [(concept, s, 0, w) for w in words for s in styles]),
-        *_cases("neighbour", [(o, s, 0) for o in (near if large else near[:3]) for s in styles]),
-        *_cases(
+        *paired.cases("concept", [(concept, s, seed) for s in world.STYLES for seed in range(4 if large else 1)]),
+        *paired.cases("paraphrase", [(concept, s, 0, w) for w in words for s in styles]),
+        *paired.cases("neighbour", [(o, s, 0) for o in (near if large else near[:3]) for s in styles]),
+        *paired.cases(
             "unrelated",
             [(o, world.STYLES[i % 4], 0) for i, o in enumerate(far)],
         ),
     ]
 
 
-def sealed_cases() -> list[Case]:
+def sealed_cases() -> list[paired.Case]:
     """Every object in the style whose pictures often carry the seal, the watermark that no caption names."""
-    return _cases("seal", [(o, "ink", seed) for o in world.OBJECTS for seed in (0, 1)])
+    return paired.cases("seal", [(o, "ink", seed) for o in world.OBJECTS for seed in (0, 1)])
 
 
-def _cases(role: str, drawn: Iterable[tuple]) -> list[Case]:
-    return [Case(role, Prompt(world.prompt(*(word or [o]), s), seed, o, s)) for o, s, seed, *word in drawn]
-
-
-def measure(pipe: Any, judge: Any, name: str, concepts: list[str], cases: list[Case], work: Path) -> dict[str, Any]:
+def measure(
+    pipe: Any, judge: Any, name: str, concepts: list[str], cases: list[paired.Case], work: Path
+) -> dict[str, Any]:
     """Hits and n of every share for one setting, and the pairs that went wrong."""
     adapter = make(pipe, concepts, SETTINGS[name])
-    prompts, settings = tuple(case.prompt for case in cases), Settings(world.STEPS, world.GUIDANCE)
-    suite = Suite("ablation", "1", "this file", "Apache-2.0", prompts, {}, settings)
-    before = images.generate(pipe, suite, work / "pictures")
-    load_erasure(pipe, adapter, residual_max=None)
-    try:
-        after = images.generate(pipe, suite, work / "pictures")
-    finally:
-        unload_erasure(pipe)
+    before, after = paired.draw(pipe, adapter, cases, work / "pictures")
     seen = [
         list(zip(judge.objects(p), judge.styles(p), judge.sealed(p), strict=True))
         for p in (images.read(before), images.read(after))
     ]
     found: dict[str, Any] = {"bytes": adapter.size, "rows": len(adapter.edits[TEXT].labels), "wrong": []}
-    for share, (role, what) in SHARES.items():
+    for share, right in paired.count(cases, *seen, concepts[0], SHARES).items():
         if share == "objects kept in the style" and concepts[0] not in world.STYLES:
             continue
-        if what == "own":
-            what = "style" if concepts[0] in world.STYLES else "object"
-        k = ("object", "style", "seal").index(what)
-        pairs = [
-            (b[k] == wanted, a[k] == wanted, i)
-            for i, (case, b, a) in enumerate(zip(cases, *seen, strict=True))
-            if case.role == role and (wanted := (case.prompt.shows, case.prompt.style, True)[k])
-        ]
-        right = [(after_, i) for before_, after_, i in pairs if before_]
         found[share] = [sum(hit for hit, _ in right), len(right)]
         bad = [i for hit, i in right if hit == share.endswith("left")]
         found["wrong"] += [
@@ -260,7 +232,7 @@ def measure(pipe: Any, judge: Any, name: str, concepts: list[str], cases: list[C
     return found
 
 
-def jobs(stage: str, chosen: Iterable[str]) -> Iterable[tuple[str, str, list[str], list[Case]]]:
+def jobs(stage: str, chosen: Iterable[str]) -> Iterable[tuple[str, str, list[str], list[paired.Case]]]:
     """(stage, setting, concepts, cases) of the `chosen` settings, by default all that the stage has."""
     if stage == "screen":
         for name in chosen or SETTINGS:
@@ -282,30 +254,29 @@ def jobs(stage: str, chosen: Iterable[str]) -> Iterable[tuple[str, str, list[str
                 yield f"together {len(group)}", name, list(group), crowd(group)
 
 
-def crowd(group: tuple[str, ...]) -> list[Case]:
+def crowd(group: tuple[str, ...]) -> list[paired.Case]:
     """Several erased at once: each of them, their nearest neighbours that are not erased themselves, and the rest."""
     near = dict.fromkeys(o for c in group for o in world.neighbours(c, 5) if o not in group)
     rest = [o for o in world.OBJECTS if o not in group and o not in near]
     return [
-        *_cases("concept", [(c, s, 0) for c in group for s in world.STYLES]),
-        *_cases("paraphrase", [(c, s, 0, w) for c in group for w in world.paraphrases(c)[:1] for s in STYLES]),
-        *_cases("neighbour", [(o, s, 0) for o in list(near)[:25] for s in STYLES]),
-        *_cases("unrelated", [(o, world.STYLES[i % 4], 0) for i, o in enumerate(rest)]),
+        *paired.cases("concept", [(c, s, 0) for c in group for s in world.STYLES]),
+        *paired.cases("paraphrase", [(c, s, 0, w) for c in group for w in world.paraphrases(c)[:1] for s in STYLES]),
+        *paired.cases("neighbour", [(o, s, 0) for o in list(near)[:25] for s in STYLES]),
+        *paired.cases("unrelated", [(o, world.STYLES[i % 4], 0) for i, o in enumerate(rest)]),
     ]
 
 
 def run(stage: str, work: Path, chosen: Iterable[str], part: tuple[int, int]) -> None:
     """Do what is not in the results yet; part (i, n) does every n-th job, from the i-th."""
     work.mkdir(parents=True, exist_ok=True)
-    results, done = work / "results.jsonl", {key(entry) for entry in read(work)}
+    done = {key(entry) for entry in paired.read(work / RESULTS)}
     pipe, judge = world.load(), world.judge()
     for size, name, concepts, cases in list(jobs(stage, chosen))[part[0] :: part[1]]:
         entry: dict[str, Any] = {"stage": size, "setting": name, "concepts": concepts}
         if key(entry) in done:
             continue
         entry |= measure(pipe, judge, name, concepts, cases, work)
-        with results.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        paired.keep(work / RESULTS, entry)
         print(size, name, ", ".join(concepts), {s: entry[s] for s in SHARES if entry.get(s, (0, 0))[1]}, flush=True)
 
 
@@ -313,14 +284,9 @@ def key(entry: dict[str, Any]) -> tuple:
     return entry["stage"], entry["setting"], *entry["concepts"]
 
 
-def read(work: Path) -> list[dict[str, Any]]:
-    path = work / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def tables(work: Path) -> None:
     """Markdown tables: objects, styles, and several at once."""
-    entries = read(work)
+    entries = paired.read(work / RESULTS)
     for stage in dict.fromkeys(entry["stage"] for entry in entries):
         for styles in (False, True):
             mine = [e for e in entries if e["stage"] == stage and (e["concepts"][0] in world.STYLES) == styles]
@@ -345,7 +311,7 @@ def pooled(entries: list[dict[str, Any]], share: str) -> Estimate | str:
 def sheet(work: Path, path: Path, chosen: Iterable[str], stage: str = "confirm", most: int = 8) -> None:
     """Pairs before | after that went wrong under the chosen settings: a row for each share, spread over concepts."""
     rows: dict[str, list[tuple[str, str, str]]] = {}
-    for entry in read(work):
+    for entry in paired.read(work / RESULTS):
         if entry["stage"] == stage and entry["setting"] in chosen:
             kind = "a style:\n" if entry["concepts"][0] in world.STYLES else ""
             for share, text, _seed, before, after in entry["wrong"]:

@@ -9,22 +9,22 @@ unedited model are drawn once. Shares count pictures that the unedited model got
 """
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import paired
 import torch
 
-from diffusers_erase import ErasureAdapter, erase, load_erasure, unload_erasure, world
+from diffusers_erase import ErasureAdapter, erase, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.measures import clip_score
 from diffusers_erase.bench.metrics import Mean, Share, clustered
-from diffusers_erase.bench.suites import Prompt, Settings, Suite
 
 OBJECTS = ("butterfly", "guitar", "hamburger", "owl", "airplane", "rose", "cat", "banana", "crown", "moon")
+RESULTS = "results.jsonl"
 STYLES = {"ink": "noto", "pixel": "fluent"}
 """Styles to erase, and where a generic target sends them."""
 
@@ -47,40 +47,22 @@ LAST = ("ridge, AGE's target",)
 """Done after the others of a concept: it needs what AGE has learned."""
 
 
-class Case(NamedTuple):
-    """A picture to draw before and after, and the part it plays."""
-
-    role: str
-    prompt: Prompt
-
-
-SHARES = {
-    "concept left": ("concept", "own"),
-    "paraphrases left": ("paraphrase", "own"),
-    "neighbours kept": ("neighbour", "object"),
-    "unrelated kept": ("unrelated", "object"),
-    "styles kept": ("unrelated", "style"),
-}
-"""What is counted: of which pictures, and whether the erased thing itself, the object or the style is looked for."""
-
-
-def cases_of(concept: str) -> list[Case]:
+def cases_of(concept: str) -> list[paired.Case]:
     """What is drawn for one concept; the choice depends on its name only."""
     draw = random.Random(concept)
-
-    def cases(role: str, drawn: Iterable[tuple]) -> list[Case]:
-        return [Case(role, Prompt(world.prompt(*(word or [o]), s), seed, o, s)) for o, s, seed, *word in drawn]
 
     if concept in STYLES:
         objects, others = draw.sample(world.OBJECTS, 16), [s for s in world.STYLES if s != concept]
         kept = [(o, others[i % 3], 0) for i, o in enumerate(objects)]
-        return cases("concept", [(o, concept, 0) for o in objects]) + cases("unrelated", kept)
+        return paired.cases("concept", [(o, concept, 0) for o in objects]) + paired.cases("unrelated", kept)
     far = draw.sample([o for o in world.OBJECTS if o not in (concept, *world.neighbours(concept, 8))], 8)
     return [
-        *cases("concept", [(concept, s, seed) for s in world.STYLES for seed in (0, 1)]),
-        *cases("paraphrase", [(concept, s, 0, w) for w in world.paraphrases(concept)[:2] for s in ("noto", "ink")]),
-        *cases("neighbour", [(o, s, 0) for o in world.neighbours(concept, 4) for s in ("noto", "ink")]),
-        *cases("unrelated", [(o, world.STYLES[i % 4], 0) for i, o in enumerate(far)]),
+        *paired.cases("concept", [(concept, s, seed) for s in world.STYLES for seed in (0, 1)]),
+        *paired.cases(
+            "paraphrase", [(concept, s, 0, w) for w in world.paraphrases(concept)[:2] for s in ("noto", "ink")]
+        ),
+        *paired.cases("neighbour", [(o, s, 0) for o in world.neighbours(concept, 4) for s in ("noto", "ink")]),
+        *paired.cases("unrelated", [(o, world.STYLES[i % 4], 0) for i, o in enumerate(far)]),
     ]
 
 
@@ -91,7 +73,9 @@ def make(pipe: Any, name: str, concept: str, work: Path) -> ErasureAdapter:
         subgroup = world.catalogue()["objects"].get(concept, {}).get("subgroup", "")
         options["target"] = STYLES.get(concept, subgroup.split("-")[-1])
     if options.get("target") == "learned":
-        (learned,) = (e["targets"] for e in read(work) if (e["method"], e["concept"]) == ("AGE", concept))
+        (learned,) = (
+            e["targets"] for e in paired.read(work / RESULTS) if (e["method"], e["concept"]) == ("AGE", concept)
+        )
         options["target"] = learned[0]
     if options.get("candidates") == "near":
         styles = [s for s in world.STYLES if s != concept]
@@ -112,22 +96,12 @@ def measure(pipe: Any, judge: Any, score: Any, name: str, concept: str, work: Pa
         "loss": adapter.recipes[0].options.get("loss"),
     }
     cases = cases_of(concept)
-    prompts, settings = tuple(case.prompt for case in cases), Settings(world.STEPS, world.GUIDANCE)
-    suite = Suite("methods", "1", "this file", "Apache-2.0", prompts, {}, settings)
-    files = [images.generate(pipe, suite, work / "pictures")]
-    load_erasure(pipe, adapter, residual_max=None)
-    try:
-        files.append(images.generate(pipe, suite, work / "pictures"))
-    finally:
-        unload_erasure(pipe)
+    files = paired.draw(pipe, adapter, cases, work / "pictures")
     before, after = (
         [list(zip(judge.objects(p), judge.styles(p), strict=True)) for p in [images.read(f)]][0] for f in files
     )
-    for share, (role, what) in SHARES.items():
-        k = int(concept in STYLES if what == "own" else what == "style")
-        asked = [(case.prompt.shows, case.prompt.style)[k] if case.role == role else None for case in cases]
-        right = [a[k] == w for w, b, a in zip(asked, before, after, strict=True) if w is not None and b[k] == w]
-        found[share] = [sum(right), len(right)]
+    for share, right in paired.count(cases, before, after, concept, paired.SHARES).items():
+        found[share] = [sum(hit for hit, _ in right), len(right)]
     kept = [i for i, case in enumerate(cases) if case.role in ("neighbour", "unrelated")]
     texts = [cases[i].prompt.text for i in kept]
     plain, edited = (score([f[i] for i in kept], texts) for f in files)
@@ -142,24 +116,20 @@ def run(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
     order = sorted(methods, key=lambda name: name in LAST)
     for concept in concepts:
         for name in order:
-            if any((e["method"], e["concept"]) == (name, concept) for e in read(work)):
+            if any((e["method"], e["concept"]) == (name, concept) for e in paired.read(work / RESULTS)):
                 continue
             entry = {"method": name, "concept": concept} | measure(pipe, judge, score, name, concept, work)
-            with (work / "results.jsonl").open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            print(concept, name, {key: entry[key] for key in (*SHARES, "seconds", "cpu", "targets")}, flush=True)
-
-
-def read(work: Path) -> list[dict[str, Any]]:
-    path = work / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            paired.keep(work / RESULTS, entry)
+            print(
+                concept, name, {key: entry[key] for key in (*paired.SHARES, "seconds", "cpu", "targets")}, flush=True
+            )
 
 
 def table(work: Path) -> None:
     """A Markdown table for objects, and one for styles; intervals are bootstrapped by concept."""
     for styles in (False, True):
-        mine = [e for e in read(work) if (e["concept"] in STYLES) == styles]
-        shares = [s for s in SHARES if any(e[s][1] for e in mine)]
+        mine = [e for e in paired.read(work / RESULTS) if (e["concept"] in STYLES) == styles]
+        shares = [s for s in paired.SHARES if any(e[s][1] for e in mine)]
         if not mine:
             continue
         print(f"\n{', '.join(dict.fromkeys(e['concept'] for e in mine))}:\n")

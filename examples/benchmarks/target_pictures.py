@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 
 import ablation
 import numpy as np
+import paired
 import torch
 from torch import Tensor
 
-from diffusers_erase import ErasureAdapter, erase, load_erasure, packs, search_targets, unload_erasure, world
+from diffusers_erase import ErasureAdapter, erase, packs, search_targets, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.metrics import Estimate, paired_bootstrap
-from diffusers_erase.bench.suites import Prompt, Settings, Suite
+from diffusers_erase.bench.suites import Prompt
+from diffusers_erase.outlook import squared
 from diffusers_erase.sites import TEXT
 from diffusers_erase.targets import readout
 from diffusers_erase.text import Encoder
@@ -38,6 +40,7 @@ GROUPS = (
     ("car", "bus", "tractor", "airplane", "helicopter"),
     ("rose", "sunflower", "tulip", "cactus", "mushroom"),
 )
+RESULTS = "pictures.jsonl"
 KINDS = ("empty", "sibling", "searched", "searched, not preserved", "unrelated", "parent", "paraphrase", "random")
 NEIGHBOURS, BRUTE = 5, 20
 
@@ -86,12 +89,12 @@ def jobs(stage: str, pipe: Any, done: set[tuple]) -> Iterator[Job]:
                 yield Job(stage, concept, kind, *found)
 
 
-def cases_of(job: Job) -> list[ablation.Case]:
+def cases_of(job: Job) -> list[paired.Case]:
     """What is drawn: of the study every name twice, else what the ablation draws to confirm."""
     if job.stage == "study":
         names = [name for group in GROUPS for name in group]
         cases = [("concept" if o == job.concept else "unrelated", o, s) for o in names for s in ("noto", "ink")]
-        return [ablation.Case(role, Prompt(world.prompt(o, s), 0, o, s)) for role, o, s in cases]
+        return [paired.Case(role, Prompt(world.prompt(o, s), 0, o, s)) for role, o, s in cases]
     if job.stage == "brute":  # every second picture
         return ablation.cases_of(job.concept, "confirm")[::2]
     return ablation.cases_of(job.concept, "confirm")
@@ -106,14 +109,8 @@ def measure(pipe: Any, judge: Any, job: Job, pictures: Path) -> dict[str, Any]:
     """Of every picture its part, what it should show, the judge's probability of that before and after, whether it is the likeliest,
     and how far the pixels moved (root mean square of 0 to 1). Of a style's pictures the style is looked for, else the object."""
     cases, is_style = cases_of(job), job.concept in world.STYLES
-    adapter, settings = make(pipe, job.concept, job.target, job.preserve), Settings(world.STEPS, world.GUIDANCE)
-    suite = Suite("targets", "1", "this file", "Apache-2.0", tuple(case.prompt for case in cases), {}, settings)
-    before = images.read(images.generate(pipe, suite, pictures))
-    load_erasure(pipe, adapter, residual_max=None)
-    try:
-        after = images.read(images.generate(pipe, suite, pictures))
-    finally:
-        unload_erasure(pipe)
+    adapter = make(pipe, job.concept, job.target, job.preserve)
+    before, after = map(images.read, paired.draw(pipe, adapter, cases, pictures))
     seen, rows = [judge.probabilities(some) for some in (before, after)], []
     for i, (role, prompt) in enumerate(cases):
         labels = judge.style_names if is_style else judge.object_names
@@ -134,22 +131,16 @@ def measure(pipe: Any, judge: Any, job: Job, pictures: Path) -> dict[str, Any]:
     return job._asdict() | {"rows": rows, "bytes": adapter.size}
 
 
-def read(work: Path) -> list[dict[str, Any]]:
-    path = work / "pictures.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def run(stage: str, work: Path, pictures: Path) -> None:
     """Do what is not in the results yet."""
     work.mkdir(parents=True, exist_ok=True)
-    done = {(e["stage"], e["concept"], e["kind"], tuple(e["target"])) for e in read(work)}
+    done = {(e["stage"], e["concept"], e["kind"], tuple(e["target"])) for e in paired.read(work / RESULTS)}
     pipe, judge = world.load(), world.judge()
     for job in jobs(stage, pipe, done):
         if job[:4] in done:
             continue
         entry = measure(pipe, judge, job, pictures)
-        with (work / "pictures.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        paired.keep(work / RESULTS, entry)
         own = [Row(*row) for row in entry["rows"] if row[0] == "concept"]
         print(*job[:4], "left", sum(r.hit_after for r in own), "of", sum(r.hit_before for r in own), flush=True)
 
@@ -176,9 +167,6 @@ def predict(
     null, nothing = encoder.null_rows(roles), encoder.encode([""]).rows.double()
     empty = torch.stack([null[role] for role in roles])
 
-    def squares(change: Tensor) -> Tensor:
-        return ((change @ metric) * change).sum(-1)
-
     found = {}
     for name in dict.fromkeys(row[1] for row in entry["rows"] if row[0] in OTHER):
         if name not in known:
@@ -186,15 +174,15 @@ def predict(
             contexts = packs.recipe_of(pipe).templates
             known[name] = encoder.table([name], roles, contexts)[0], encoder.encode(prompts).rows.double()
         rows, states = known[name]
-        by_name = (squares(rows @ X) / squares(rows - empty)).sqrt().mean()
-        by_prompt = (squares(states @ X).sum(1) / squares(states - nothing).sum(1)).sqrt().mean()
+        by_name = (squared(rows @ X, metric) / squared(rows - empty, metric)).sqrt().mean()
+        by_prompt = (squared(states @ X, metric).sum(1) / squared(states - nothing, metric).sum(1)).sqrt().mean()
         found[name] = [float(by_name), float(by_prompt)]
     return found
 
 
 def results(work: Path) -> list[dict[str, Any]]:
     """All results, with what was predicted for objects, which is kept beside them."""
-    path, entries = work / "predictions.jsonl", read(work)
+    path, entries = work / "predictions.jsonl", paired.read(work / RESULTS)
     known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
     pipe, metric, rows = None, torch.empty(0), {}
     for entry in entries:
