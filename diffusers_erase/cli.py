@@ -64,8 +64,8 @@ Targets = Annotated[
     list[str] | None,
     typer.Option(
         "--target",
-        help="Where to send the concept: a name; 'null' (default) the empty prompt; 'auto' the best that a search finds. Several "
-        "concepts take one, or one each.",
+        help="Where to send the concept: 'auto' (default of ridge) the best that a search finds; 'null' the empty prompt; a name. "
+        "Several concepts take one, or one each.",
     ),
 ]
 Preserve = Annotated[
@@ -77,7 +77,7 @@ Preserve = Annotated[
 Candidate = Annotated[
     list[str] | None,
     typer.Option(
-        help="A candidate for the target; repeat for more. Or where from: neighbours, words, a folder of WordNet."
+        help="A candidate for the target; repeat for more. Or where from: everyday, neighbours, words, a folder of WordNet."
     ),
 ]
 Coreference = Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeat for more.")]
@@ -108,7 +108,7 @@ def erase(
 ) -> None:
     """Erase CONCEPT from MODEL and save the adapter."""
     pipe = _pipeline(model)
-    goal: Any = target or "null"
+    goal: Any = target or [None]
     adapter = erase_concepts(
         pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 else goal,
         preserve=_preserved(preserve), candidates=_candidates(candidate), coreferences=coreference or (), method=method,
@@ -134,7 +134,7 @@ def targets(
     pipe = _pipeline(model)
     with out.status("reading names") as reading:
         ranking = search_targets(
-            pipe, concept, _candidates(candidate), k=k, coreferences=coreference or (), preserve=_preserved(preserve),
+            pipe, concept, _candidates(candidate) or "everyday", k=k, coreferences=coreference or (), preserve=_preserved(preserve),
             erased=erased or (), mixture=mixture, pack=pack,
             on_words=lambda done, total: reading.update(f"reading names: {done:,} of {total:,}"),
         )  # fmt: skip
@@ -299,7 +299,10 @@ def methods() -> None:
 @app.command()
 def demo(
     concept: Annotated[str, typer.Option(help="An object or style of emoji-sd.")] = "butterfly",
-    target: Annotated[str, typer.Option(help="Where to send it: another name, or 'null', the empty prompt.")] = "null",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Where to send it: another name, or 'null', the empty prompt; by default searched."),
+    ] = None,
     residual: Residual = None,
     tokens: Tokens = None,
     gate: Gate = None,
@@ -613,10 +616,10 @@ def _pipeline(model: str) -> Any:
     return pipe
 
 
-def _candidates(given: list[str] | None) -> str | Path | list[str]:
+def _candidates(given: list[str] | None) -> str | Path | list[str] | None:
     """What was typed as candidates: names, or one word or folder that says where they come from."""
     if not given:
-        return "neighbours"
+        return None
     if len(given) == 1 and given[0] in SOURCES:
         return given[0]
     return Path(given[0]) if len(given) == 1 and Path(given[0]).is_dir() else given

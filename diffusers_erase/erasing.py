@@ -22,9 +22,9 @@ def erase(
     pipe: Any,
     concept: str | Sequence[str],
     *,
-    target: str | Sequence[str | Sequence[str]] = "null",
+    target: str | Sequence[str | Sequence[str]] | None = None,
     preserve: str | Sequence[str] = (),
-    candidates: str | Path | Sequence[str] = "neighbours",
+    candidates: str | Path | Sequence[str] | None = None,
     coreferences: str | Sequence[str] = (),
     method: str = "ridge",
     residual: float | None = None,
@@ -39,11 +39,12 @@ def erase(
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; only its tokenizers, text encoders and UNet configuration are read.
         concept: what to erase, in words; several are composed: `erase(pipe, [a, b])` is `compose(erase(pipe, a), erase(pipe, b))`.
-        target: where to send it: `"null"` (or `""`) the empty prompt, `"auto"` the best that `search_targets` finds, a name, or
-            several names for their mean. With several concepts, one target for all, or a list with one for each.
+        target: where to send it: `"auto"` the best that `search_targets` finds, `"null"` (or `""`) the empty prompt, a name, or
+            several names for their mean. With several concepts, one target for all, or a list with one for each. By default
+            `"auto"`; methods of papers send to the empty prompt, `"age"` finds its target itself.
         preserve: names that should stay as they are, softly; `"auto"` for those that the edit would hurt most.
-        candidates: where `"auto"` looks for a target: names, `"neighbours"`, `"words"` or WordNet's folder (see `search_targets`);
-            and among what `"ap"` and `"age"` choose: names, or `"neighbours"`.
+        candidates: where `"auto"` looks for a target: names, `"everyday"` (default), `"neighbours"`, `"words"` or WordNet's folder
+            (see `search_targets`); and among what `"ap"` and `"age"` choose: names, or `"neighbours"` (their default).
         coreferences: other names of the same concept.
         method: `"ridge"`, `"uce"`, or one that trains (`"esd"`, `"ap"`, `"age"`); see `diffusers_erase.METHODS`.
         residual: share of the way to the target that is left, in (0, 1); 0.02 (default) is strong, 0.3 mild.
@@ -62,10 +63,10 @@ def erase(
         >>> adapter.save_pretrained("erase-van-gogh")
     """
     concepts = _names(concept)
-    goals = _targets(target, concepts, several=not isinstance(concept, str))
     kept = preserve if preserve == "auto" else tuple(dict.fromkeys(_names(preserve)))
     others = tuple(dict.fromkeys(_names(coreferences)))
     chosen, settings = method_named(method, options)
+    goals = _targets(chosen.target if target is None else target, concepts, several=not isinstance(concept, str))
     if templates is not None:
         check_templates(templates)
     asked = {"residual": residual, "tokens": tokens, "templates": templates and tuple(templates)}
@@ -82,7 +83,7 @@ def erase(
         raise EraseError(
             f"gate is the resemblance below which the edit lets go, between 0 and 1, such as 0.7: got {gate}"
         )
-    if "candidates" in chosen.options:
+    if candidates is not None and "candidates" in chosen.options:
         settings["candidates"] = candidates
     encoder = Encoder(pipe)
     recipe = packs.recipe_of(pipe, pack)

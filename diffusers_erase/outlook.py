@@ -123,13 +123,13 @@ class Surroundings:
         whole = squared(self.names - self.empty, self.metric).clamp_min(1e-300).sqrt()
         return (moved.view(len(moved), *whole.shape) / whole).mean(2)
 
-    def relatedness(self, T: Tensor) -> Tensor:
+    def following(self, T: Tensor) -> Tensor:
         """`[N]`: |c G tᵀ| / (c G cᵀ), mean over roles: how much of each T `[N, r, d]` an edit of the concept alone would move."""
         U = self.concept @ self.inverse
         return ((T * U).sum(-1).abs() / (self.concept * U).sum(-1)).mean(-1)
 
     def distance(self, T: Tensor) -> Tensor:
-        """`[N]`: ‖t − c‖_M as a share of the concept's way to the empty prompt: 0 is the same to the model."""
+        """`[N]`: ‖t − c‖_M as a share of the concept's way to the empty prompt: 0 is the same to all keys and values."""
         gaps = [rows - self.concept for rows in (T, self.empty)]
         far, whole = (squared(gap, self.metric).sum(-1).sqrt() for gap in gaps)
         return far / whole

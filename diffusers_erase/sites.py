@@ -340,8 +340,8 @@ def twin(unet: nn.Module) -> nn.Module:
     module: Any = unwrapped(unet)
     if family_of(unet).denoiser != "unet" or module.config.in_channels != module.config.out_channels:
         raise EraseError(
-            f"{type(module).__name__} with {module.config.in_channels} input channels is not trained by this version: "
-            f"expected a text-to-image UNet"
+            f"{type(module).__name__} with {module.config.in_channels} input channels does not draw from noise and text alone, so it is "
+            f"neither trained nor searched for targets: expected a text-to-image UNet, or a closed form with its target named"
         )
     weights = original_weights(module)
     for name, weight in weights.items():
@@ -352,8 +352,8 @@ def twin(unet: nn.Module) -> nn.Module:
             or weight.is_meta
         ):
             raise EraseError(
-                f"{name} holds {type(weight).__name__} {weight.dtype} on {weight.device}: training needs plain floating weights in "
-                f"memory; load the model unquantised, or erase in closed form"
+                f"{name} holds {type(weight).__name__} {weight.dtype} on {weight.device}: training and target search need plain floating "
+                f"weights in memory; load the model unquantised, or erase in closed form with the target named"
             )
     with init_empty_weights():
         copy = type(module).from_config(module.config)

@@ -1,9 +1,9 @@
 """Target search: where to send a concept, so that it is gone and little else is hurt. No image, no training.
 
 AGE (arXiv 2501.18950) found that the best target is closely related and not a synonym. Here the edit is a closed form, so
-what each candidate would do is computed, not guessed (outlook.py, docs/targets.md): the change of all keys and values that
-read another name, and how much of the concept stays when the target is preserved. Candidates are compared by their bare
-names; the best of them again in the contexts in which `erase` reads names.
+what each candidate would do to the keys and values of other names is computed (outlook.py, docs/targets.md), and the least
+wins. That alone would choose a synonym: what is drawn alike is told by the denoiser's answer to pure noise (guess.py).
+Candidates are compared by their bare names; the best of them again in the contexts in which `erase` reads names.
 """
 
 import math
@@ -19,17 +19,21 @@ from torch import Tensor
 from . import packs, vocabulary
 from .edits import Pack, same_name
 from .errors import EraseError
+from .guess import FirstGuess
 from .outlook import Surroundings
 from .sites import sites, text_readers
 from .text import Encoder, PackRecipe, roles_of
 
 BARE = ("{}",)
 
-SYNONYM_MAX, CHAIN_MAX = 0.5, 0.5
+SYNONYM_MAX, CHAIN_MAX = 0.4, 0.5
 """A candidate with a larger synonym score is refused, and one that the erasure of another concept would move further.
 
-Measured on emoji-sd: of its objects' paraphrases 95 % score above 0.51, of their siblings 95 % below 0.51 (docs/targets.md).
+Measured on emoji-sd: all paraphrases of its objects score above 0.6, all their siblings below 0.2 (docs/targets.md).
 """
+
+ALIAS = 0.5
+"""A name that is more related than this to the concept is taken for another of its names: what it loses is no damage."""
 
 NEAREST, SHORTLIST, AMONG, WORST = 3000, 8, 32, 10
 """How many of a vocabulary are compared, and how many at least in context; how many names' damage counts; how many of these are told."""
@@ -52,15 +56,10 @@ class Target:
     """The names that are hurt most, with their damage, the worst first."""
     residual: float
     """Share of the concept that stays when the target is preserved, at the strength that would do if it were not."""
-    synonym: float
-    """1 − the target's distance to the concept as a share of the way to the empty prompt: 1 is the same to the model."""
     relatedness: float
-    """How much of the target an edit of the concept alone would move; 1 is as much as of the concept itself."""
-
-    @property
-    def cost(self) -> float:
-        """What a ranking is sorted by."""
-        return self.collateral + self.confusion
+    """1 − the target's distance to the concept in all keys and values, as a share of the way to the empty prompt."""
+    synonym: float = math.nan
+    """The same in what the denoiser makes of pure noise: 1 is the same picture. NaN where it was not asked."""
 
     def __str__(self) -> str:
         worst = ", ".join(f"{name} {damage:.1%}" for name, damage in self.hurt[:3])
@@ -69,7 +68,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetRanking(Sequence[Target]):
-    """Targets for one concept, best first, and why others were refused.
+    """Targets for one concept, best first: those with the least collateral. And why others were refused.
 
     Example:
         >>> ranking = search_targets(pipe, "Van Gogh", ["a painter", "Monet", "Rembrandt"])
@@ -107,7 +106,7 @@ class TargetRanking(Sequence[Target]):
 def search_targets(
     pipe: Any,
     concept: str,
-    candidates: str | Path | Iterable[str] = "neighbours",
+    candidates: str | Path | Iterable[str] = "everyday",
     *,
     k: int = 8,
     coreferences: Sequence[str] = (),
@@ -115,7 +114,7 @@ def search_targets(
     erased: Sequence[str] = (),
     among: Sequence[str] | None = None,
     mixture: int = 1,
-    shield: bool = True,
+    shield: bool = False,
     synonym_max: float = SYNONYM_MAX,
     residual: float = 0.02,
     tokens: str = "last+eot",
@@ -127,14 +126,15 @@ def search_targets(
 
     Args:
         concept: what to erase.
-        candidates: names, or where they come from: "words", "neighbours", WordNet's folder (`vocabulary.candidates`).
+        candidates: names, or where they come from: "everyday", the words of the base pack's prompts; "neighbours" or all of the
+            tokenizer's "words"; WordNet's folder (`vocabulary.candidates`).
         k: length of a ranking.
         coreferences: other names of the concept; none of them is a target.
         preserve: names that are preserved; "auto" for those that the edit would hurt most, found anew until the target repeats.
         erased: other concepts that are erased too: neither they, nor what their erasures move, are targets.
         among: names whose damage counts; None takes those that an edit of the concept moves most.
         mixture: up to this many names, 5 at most, are blended into one target, for styles; 1 looks at single names.
-        shield: whether the target is preserved too.
+        shield: whether the target is preserved too, as AGE does; costs a row for each token role.
         synonym_max: candidates with a larger synonym score are refused.
         residual, tokens, templates, pack: as in `erase`. What is predicted is the method `ridge`.
         on_words: called with (done, total) while many names are encoded; what is encoded is cached, a killed run goes on.
@@ -163,7 +163,7 @@ def choose(
     concepts: Sequence[str],
     targets: Sequence[tuple[str, ...] | None],
     preserve: str | Sequence[str],
-    candidates: str | Path | Iterable[str],
+    candidates: str | Path | Iterable[str] | None,
     coreferences: Sequence[str] = (),
     **reading: Any,
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -178,7 +178,7 @@ def choose(
     searches = _searches(encoder, recipe, concepts, coreferences, (), **reading)
     for search, target in zip(searches, targets, strict=True):
         if target is None:
-            best = search.ranking(candidates, None, preserve, 1, 1).options
+            best = search.ranking(candidates or "everyday", None, preserve, 1, 1).options
             chosen.append((best["target"], best["preserve"]))
         else:
             search.check(preserve)
@@ -198,9 +198,10 @@ def _searches(
     """A search for each concept, in which the others are erased too."""
     metric, pack = readout(encoder.pipe), packs.pack_on(encoder, recipe)
     known: dict[str, Tensor] = {}
+    guess = FirstGuess(encoder, told["templates"])
     return [
         Search(
-            encoder, pack, metric, roles=roles_of(tokens, 1), own=(name, *coreferences),
+            encoder, pack, metric, guess, prompts=recipe.prompts, roles=roles_of(tokens, 1), own=(name, *coreferences),
             erased=(*erased, *(other for other in concepts if other != name)), known=known, **told,
         )
         for name in concepts
@@ -231,13 +232,16 @@ class Search:
     encoder: Encoder
     pack: Pack
     metric: Tensor
+    guess: FirstGuess
     own: tuple[str, ...]
     """The concept and its other names."""
     erased: tuple[str, ...]
     roles: tuple[str, ...]
     templates: tuple[str, ...]
+    prompts: tuple[str, ...]
+    """Of the base pack."""
     residual: float
-    shield: bool = True
+    shield: bool = False
     synonym_max: float = SYNONYM_MAX
     on_words: Callable[[int, int], Any] = lambda done, total: None
     known: dict[str, Tensor] = field(default_factory=dict)
@@ -253,10 +257,11 @@ class Search:
     ) -> TargetRanking:
         """The ranking; see `search_targets`."""
         self.check(preserve, among)
-        names, refused = self._allowed(vocabulary.candidates(self.encoder, self.own[0], source))
+        names, refused = self._allowed(
+            vocabulary.candidates(self.encoder, self.own[0], source, self.prompts, self.templates)
+        )
         if names:
-            names, among, synonyms = self._closest(names, among, max(k, SHORTLIST))
-            refused += [(name, _synonym(score)) for name, score in synonyms]
+            names, among = self._ordered(names, among)
         kept: tuple[str, ...] = () if preserve == "auto" else tuple(preserve)
         seen = set()
         while True:
@@ -291,30 +296,25 @@ class Search:
                 left.append(name)
         return left, refused
 
-    def _closest(
-        self, names: list[str], among: Sequence[str] | None, most: int = SHORTLIST
-    ) -> tuple[list[str], list[str], list[tuple[str, float]]]:
-        """By bare names: the candidates worth a closer look, the names whose damage counts, and synonyms with their scores."""
-        if len(names) <= most and among is not None:
-            return names, list(among), []
+    def _ordered(self, names: list[str], among: Sequence[str] | None) -> tuple[list[str], list[str]]:
+        """By bare names: the candidates, those that would hurt least first, and the names whose damage counts."""
+        if len(names) <= SHORTLIST and among is not None:
+            return names, list(among)
         near, _ = self._allowed(self.encoder.nearest_words(self.own[0], self.encoder.words(), AMONG))
         pool = list(dict.fromkeys([*names, *(near if among is None else among)]))
         T = vocabulary.table(self.encoder, pool, self.roles, BARE, self.on_words)
         view = self._around(T[:0], BARE)
-        score = 1 - view.distance(T)
-        if among is None:  # what the concept's other names lose is no damage
-            related = view.relatedness(T).where(score <= self.synonym_max, -1.0)
-            among = [pool[i] for i in related.argsort(descending=True)[:AMONG].tolist() if related[i] >= 0]
-        if len(names) <= most:
-            return names, list(among), []
+        related = 1 - view.distance(T)
+        if among is None:
+            following = view.following(T).where(related <= ALIAS, -1.0)
+            among = [pool[i] for i in following.argsort(descending=True)[:AMONG].tolist() if following[i] >= 0]
+        if len(names) <= SHORTLIST:
+            return names, list(among)
         place = {name: i for i, name in enumerate(pool)}
         view = replace(view, names=T[[place[name] for name in among]])
-        order = score[: len(names)].argsort(descending=True).tolist()
-        synonyms = [(names[i], float(score[i])) for i in order if score[i] > self.synonym_max]
-        others = order[len(synonyms) : len(synonyms) + NEAREST]
-        found = view.outlook(T[others, None])
-        cost = (view.damage(found).mean(1) + view.confusion(found)).nan_to_num(torch.inf)
-        return [names[others[i]] for i in cost.argsort()[:most].tolist()], list(among), synonyms
+        nearest = related[: len(names)].argsort(descending=True)[:NEAREST]
+        collateral = view.damage(view.outlook(T[nearest, None])).mean(1).nan_to_num(torch.inf)
+        return [names[i] for i in nearest[collateral.argsort(stable=True)].tolist()], list(among)
 
     def _ranked(
         self,
@@ -326,54 +326,66 @@ class Search:
         refused: list[tuple[str, str]],
     ) -> TargetRanking:
         """Candidates as `erase` would read them, the best first."""
-        reasons, ranked = dict(refused), []
-        if names:
-            T = self._rows(names)
-            view = self._around(self._rows(among), self.templates, preserve)
-            judged = _judged(view, [(name,) for name in names], T[:, None], among)
-            chains = self._chains(T)
-            for target, chain in zip(judged, chains, strict=True):
-                if reason := self._reason(target) or chain:
-                    reasons[target.names[0]] = reason
-                else:
-                    ranked.append(target)
+        reasons = dict(refused)
+        view = self._around(self._rows(among or self.own[:1]), self.templates, preserve)
+        ranked = self._accepted(view, names, among, k if most == 1 else max(k, 2 * most + 2), reasons)
         if not ranked:
             told = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:3]) or "none was given"
             raise EraseError(f"no candidate is left for {self.own[0]!r} ({told}): give other candidates")
-        ranked.sort(key=lambda target: target.cost)
         if most > 1:
-            places = {name: T[i] for i, name in enumerate(names)}
-            ranked = sorted(
-                [*ranked, *self._blends(view, ranked, places, among, most)], key=lambda target: target.cost
-            )
+            ranked = sorted([*ranked, *self._blends(view, ranked, among, most)], key=_collateral)
         null = _judged(replace(view, shield=False), [()], view.empty[None, None], among)[0]
+        null = replace(null, synonym=0.0)
         return TargetRanking(self.own[0], tuple(ranked[:k]), tuple(reasons.items()), null, preserve, self.shield)
 
-    def _blends(
-        self, view: Surroundings, ranked: Sequence[Target], places: dict[str, Tensor], among: list[str], most: int
+    def _accepted(
+        self, view: Surroundings, names: list[str], among: list[str], k: int, reasons: dict[str, str]
     ) -> list[Target]:
+        """The `k` best of `names`, which come in order, and why better ones are none: no more are looked at than it takes."""
+        ranked, size = [], max(k, SHORTLIST)
+        for start in range(0, len(names), size):
+            some = names[start : start + size]
+            T = self._rows(some)
+            chains = dict(zip(some, self._chains(T), strict=True))
+            for target in sorted(_judged(view, [(n,) for n in some], T[:, None], among), key=_collateral):
+                name, target = target.names[0], self._looked_at(target)
+                if reason := self._reason(target) or chains[name]:
+                    reasons[name] = reason
+                else:
+                    ranked.append(target)
+                if len(ranked) == k:
+                    return sorted(ranked, key=_collateral)
+        return sorted(ranked, key=_collateral)
+
+    def _looked_at(self, target: Target) -> Target:
+        """The target with its synonym score, unless it is none anyway."""
+        if math.isnan(target.collateral):
+            return target
+        return replace(target, synonym=1 - float(self.guess.distances(self.own[0], [target.names])))
+
+    def _blends(self, view: Surroundings, ranked: Sequence[Target], among: list[str], most: int) -> list[Target]:
         """Means of 2 to `most` of the best single names, each grown by the name that costs least."""
         pool = [target.names[0] for target in ranked[: 2 * most + 2]]
         grown, mixture = [], (pool[0],)
         for _ in range(min(most, len(pool)) - 1):
             options = [(*mixture, name) for name in pool if name not in mixture]
-            T = torch.stack([torch.stack([places[name] for name in names]) for names in options])
-            best = min(_judged(view, options, T, among), key=lambda target: target.cost)
+            T = torch.stack([self._rows(names) for names in options])
+            best = min(_judged(view, options, T, among), key=_collateral)
             mixture = best.names
-            grown.append(best)
+            grown.append(self._looked_at(best))
         return [target for target in grown if not self._reason(target)]
 
     def _reason(self, target: Target) -> str | None:
         """Why this is no target, whatever it would hurt."""
-        if target.synonym > self.synonym_max:
-            return _synonym(target.synonym)
         if math.isnan(target.collateral):
             return "no strength erases the concept while it is preserved"
+        if target.synonym > self.synonym_max:
+            return f"a synonym (score {target.synonym:.2f}): the model draws nearly the concept"
         return None
 
     def hurt_most(self, target: tuple[str, ...], among: Sequence[str] | None = None) -> tuple[str, ...]:
         """The names that the edit to `target` would hurt most if none were preserved: those above the mean, `KEPT` at most."""
-        among = self._closest([], None)[1] if among is None else among
+        among = self._ordered([], None)[1] if among is None else among
         others = [name for name in among if name not in target]
         view = self._around(self._rows(others), self.templates)
         if target:
@@ -388,7 +400,7 @@ class Search:
         """Of each candidate, which other erasure would move it, if any does."""
         found: list[str | None] = [None] * len(T)
         for name in self.erased:
-            moved = replace(self._around(T[:0], self.templates), concept=self._rows([name])[0]).relatedness(T)
+            moved = replace(self._around(T[:0], self.templates), concept=self._rows([name])[0]).following(T)
             for i in (moved > CHAIN_MAX).nonzero().flatten().tolist():
                 found[i] = f"the erasure of {name!r} moves it too ({float(moved[i]):.0%} as far)"
         return found
@@ -427,7 +439,7 @@ def _judged(view: Surroundings, mixtures: Sequence[tuple[str, ...]], T: Tensor, 
     """A `Target` for each of a few mixtures with the rows T `[N, n, r, d]`; `among` are the names of `view`."""
     found = view.outlook(T)
     damage, confusion, middle = view.damage(found), view.confusion(found), T.mean(1)
-    related, near = view.relatedness(middle), 1 - view.distance(middle)
+    related = 1 - view.distance(middle)
     judged = []
     for i, names in enumerate(mixtures):
         worst: list[int] = damage[i].argsort(descending=True)[:WORST].tolist()
@@ -438,12 +450,11 @@ def _judged(view: Surroundings, mixtures: Sequence[tuple[str, ...]], T: Tensor, 
                 confusion=float(confusion[i]),
                 hurt=tuple((among[j], float(damage[i, j])) for j in worst),
                 residual=float(found.residuals[i]),
-                synonym=float(near[i]),
                 relatedness=float(related[i]),
             )
         )
     return judged
 
 
-def _synonym(score: float) -> str:
-    return f"a synonym (score {score:.2f}): to the model it is nearly the concept"
+def _collateral(target: Target) -> float:
+    return math.inf if math.isnan(target.collateral) else target.collateral

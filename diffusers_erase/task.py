@@ -86,6 +86,8 @@ class Method:
     """From a task to an edit; of a method that trains, from a task and its pipeline to what it learned."""
     fixed: dict[str, Any]
     """Arguments of `erase` that the paper decides, and their values."""
+    target: str = "null"
+    """Where it sends a concept unless told: what its paper does."""
     training: dict[str, Any] | None = None
     """Of a method that trains, the options of the training loop and their defaults; None for a closed form."""
 
@@ -105,11 +107,13 @@ METHODS: dict[str, Method] = {}
 """Every registered method, by name."""
 
 
-def method(name: str, *, paper: str, **fixed: Any) -> Callable[[Callable[..., Edit]], Callable[..., Edit]]:
+def method(
+    name: str, *, paper: str, target: str = "null", **fixed: Any
+) -> Callable[[Callable[..., Edit]], Callable[..., Edit]]:
     """Register the decorated function as the method `name`; `fixed` are the task's fields that its paper decides."""
 
     def register(run: Callable[..., Edit]) -> Callable[..., Edit]:
-        METHODS[name] = Method(name, paper, run, fixed)
+        METHODS[name] = Method(name, paper, run, fixed, target)
         return run
 
     return register

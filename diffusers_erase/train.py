@@ -108,7 +108,7 @@ def trained(name: str, *, paper: str, **own: Any) -> Callable[[Callable[..., Lea
                 learned = learn(lesson, **options)
             return replace(learned, told=json.loads(json.dumps(told | learned.told | {"loss": lesson.summary})))
 
-        METHODS[name] = Method(name, paper, run, FIXED, shared)
+        METHODS[name] = Method(name, paper, run, FIXED, training=shared)
         return run
 
     return register

@@ -17,39 +17,66 @@ from .text import Encoder
 CHUNK = 512
 """Names that are encoded, and kept in the cache, at a time."""
 
-SOURCES = ("words", "neighbours")
-"""Where `candidates` finds names in the tokenizer."""
+SOURCES = ("everyday", "words", "neighbours")
+"""Where `candidates` finds names by itself."""
 
 NEIGHBOURS = 500
 """How many of the tokenizer's words "neighbours" are."""
+
+EVERYDAY = 300
+"""How many of the base pack's words "everyday" are."""
+
+PARTICLES = frozenset(
+    "about above across after against all along also among and any are around away back because been before behind being below beside "
+    "between both but can could did does down during each every few for from full had has have having her here hers him his how into its "
+    "itself just left like made many may more most much near nor not off one onto other our out over own past per same several she should "
+    "side since some such than that the their them then there these they this those through together too two three four five toward under "
+    "until upon very was were what when where which while who whose why will with within without would you your".split()
+)
+"""Words that name nothing."""
 
 ENDINGS = (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("uses", "us"), ("s", ""))
 """Plurals and what they are plurals of, the first that fits. Irregular ones (mice) are left to the model's own judgement."""
 
 
-def candidates(encoder: Encoder, concept: str, source: str | Path | Iterable[str]) -> list[str]:
+def candidates(
+    encoder: Encoder,
+    concept: str,
+    source: str | Path | Iterable[str],
+    prompts: Sequence[str] = (),
+    templates: Sequence[str] = (),
+) -> list[str]:
     """Names to choose a target from, each once.
 
     Args:
-        source: names; or "words", every whole word of the tokenizer; "neighbours", those of them whose token embeddings lie
-            nearest to the concept's; or the folder of WordNet's database (`in_wordnet`).
+        source: names; or "everyday", the words of `prompts`, a base pack's, that `templates` do not have, those nearest to the
+            concept; "words", every whole word of the tokenizer; "neighbours", those of them whose token embeddings lie nearest to
+            the concept's; or the folder of WordNet's database (`in_wordnet`).
     """
     if isinstance(source, Path):
         found = in_wordnet(source, concept)
     elif not isinstance(source, str):
         found = list(source)
+    elif source == "everyday":
+        found = encoder.nearest_words(concept, _words_of(prompts, templates), EVERYDAY)
     elif source == "words":
         found = list(encoder.words())
     elif source == "neighbours":
         found = encoder.nearest_words(concept, encoder.words(), NEIGHBOURS)
     else:
         raise EraseError(
-            f"candidates are a list of names, 'words', 'neighbours', or the Path of WordNet's database: got {source!r}"
+            f"candidates are a list of names, 'everyday', 'words', 'neighbours', or the Path of WordNet's database: got {source!r}"
         )
     named = dict.fromkeys(name.strip() for name in found)
     for name in named:
         encoder.check_name(name)
     return list(named)
+
+
+def _words_of(prompts: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """What `prompts` are made of, each word once, without particles and the words of `templates`."""
+    words, frame = (re.findall(r"[^\W\d_]{3,}", " ".join(texts).lower()) for texts in (prompts, templates))
+    return [word for word in dict.fromkeys(words) if word not in PARTICLES and word not in frame]
 
 
 def in_wordnet(folder: Path, concept: str) -> list[str]:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_erase"
 
 # fmt: off
 READING_ORDER = [
-    "version", "errors", "solve", "outlook", "edits", "factors", "sites", "text", "task", "train", "methods",
+    "version", "errors", "solve", "outlook", "edits", "factors", "sites", "text", "guess", "task", "train", "methods",
     "hub", "packs", "vocabulary", "targets", "card", "signing", "adapter", "lock", "mapping", "fusing", "loras", "hook", "status",
     "fitting", "attach", "verbs", "serving", "mixin", "erasing", "importing", "exporting", "world", "bench", "graph", "cli",
 ]

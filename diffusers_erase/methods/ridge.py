@@ -12,7 +12,7 @@ from ..solve import holding
 from ..task import Task, method
 
 
-@method("ridge", paper="UCE (arXiv 2308.14761) generalised; docs/maths.md")
+@method("ridge", paper="UCE (arXiv 2308.14761) generalised; docs/maths.md", target="auto")
 def ridge(task: Task, *, preserve_residual: float = 0.1) -> Edit:
     """Closed-form edit against a background of other prompts, calibrated to a residual.
 

@@ -1,13 +1,14 @@
 """Target search against pictures, on emoji-sd: does the predicted damage rank the measured one, and is the found target good?
 
-    python examples/benchmarks/target_pictures.py choices  # what is found for 20 objects; draws nothing
-    python examples/benchmarks/target_pictures.py kinds    # 20 objects and 2 styles, each sent to 8 kinds of target
+    python examples/benchmarks/target_pictures.py choices  # what is found for 12 objects; draws nothing
+    python examples/benchmarks/target_pictures.py kinds    # 12 objects and 2 styles, each sent to 8 kinds of target
+    python examples/benchmarks/target_pictures.py broad    # the same objects under a base pack that protects nothing: others are hurt
     python examples/benchmarks/target_pictures.py brute    # 8 objects, each sent to each of 20 candidates
     python examples/benchmarks/target_pictures.py study    # AGE's section 3: 25 objects in 5 groups, each against each
     python examples/benchmarks/target_pictures.py tables   # the tables of docs/targets.md
 
 Each line of `pictures.jsonl` in --work is one concept and one target; what is there is not done again, so a killed run goes on.
-What is drawn for a concept is ablation.py's, so with --pictures its folder, the empty prompt and the sibling cost nothing.
+Pictures of the unedited model are drawn once for all stages.
 Only pictures that the unedited model got right count.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,6 @@ from torch import Tensor
 from diffusers_erase import ErasureAdapter, erase, packs, search_targets, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.metrics import Estimate, paired_bootstrap
-from diffusers_erase.bench.suites import Prompt
 from diffusers_erase.outlook import squared
 from diffusers_erase.sites import TEXT
 from diffusers_erase.targets import readout
@@ -40,9 +41,28 @@ GROUPS = (
     ("car", "bus", "tractor", "airplane", "helicopter"),
     ("rose", "sunflower", "tulip", "cactus", "mushroom"),
 )
+OBJECTS = (
+    "dog",
+    "penguin",
+    "crab",
+    "bee",
+    "sunflower",
+    "mushroom",
+    "apple",
+    "pizza",
+    "beer",
+    "bus",
+    "trumpet",
+    "hammer",
+)
+"""Of those on which nothing was tuned (ablation.OTHERS), spread over the groups."""
 RESULTS = "pictures.jsonl"
-KINDS = ("empty", "sibling", "searched", "searched, not preserved", "unrelated", "parent", "paraphrase", "random")
-NEIGHBOURS, BRUTE = 5, 20
+KINDS = ("empty", "sibling", "searched", "direction-aware", "parent", "paraphrase", "unrelated", "random")
+"""`searched` is what `erase` does by itself; `direction-aware` the same with `confusion` added to what is ranked, and the target preserved."""
+BROAD = 50.0
+"""The ridge λ of a base pack that protects next to nothing (the model's own: 0.5), so that there is damage to tell targets apart by."""
+BRUTE = 20
+"""Candidates that are all drawn."""
 
 
 class Job(NamedTuple):
@@ -54,14 +74,28 @@ class Job(NamedTuple):
     target: tuple[str, ...]
     preserve: tuple[str, ...]
 
+    @property
+    def made(self) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+        """What the adapter follows from."""
+        return self.stage, self.concept, self.target, self.preserve
 
-def target_of(pipe: Any, concept: str, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+
+def options_of(pipe: Any, stage: str, concept: str) -> dict[str, Any]:
+    """What search and erasure are told alike."""
+    recipe = packs.recipe_of(pipe)
+    told: dict[str, Any] = {"pack": replace(recipe, ridge=BROAD) if stage == "broad" else recipe}
+    return told | ({"templates": world.style_contexts()} if concept in world.STYLES else {})
+
+
+def target_of(pipe: Any, stage: str, concept: str, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Target and preserved names of a kind; None where there is none."""
-    if kind.startswith("searched"):
-        told = {"templates": world.style_contexts(), "mixture": 3} if concept in world.STYLES else {}
-        among = world.STYLES if concept in world.STYLES else world.OBJECTS
-        found = search_targets(pipe, concept, among, shield=kind == "searched", **told).options
-        return found["target"], found["preserve"]
+    if kind in ("searched", "direction-aware"):
+        told = options_of(pipe, stage, concept)
+        if kind == "searched":
+            return search_targets(pipe, concept, **told)[0].names, ()
+        ranking = search_targets(pipe, concept, k=24, shield=True, **told)
+        best = min(ranking, key=lambda target: target.collateral + target.confusion).names
+        return best, best
     if kind == "empty":
         return (), ()
     if kind == "random":
@@ -73,35 +107,63 @@ def target_of(pipe: Any, concept: str, kind: str) -> tuple[tuple[str, ...], tupl
     return (ablation.target_of(concept, kind),), ()
 
 
-def jobs(stage: str, pipe: Any, done: set[tuple]) -> Iterator[Job]:
+def jobs(stage: str, pipe: Any, done: set[tuple], kinds: Sequence[str]) -> Iterator[Job]:
     """What is to be drawn, the most telling first; searches are made only where they are needed."""
     if stage == "brute":
-        for concept in ablation.OTHERS[:8]:
+        for concept in OBJECTS[:8]:
             near = world.neighbours(concept, BRUTE // 2)
             far = [o for o in world.OBJECTS if o not in (concept, *near)]
             for name in (*near, *random.Random(concept).sample(far, BRUTE - len(near))):
                 yield Job(stage, concept, "candidate", (name,), ())
         return
     names = tuple(name for group in GROUPS for name in group)
-    for kind in KINDS:
-        for concept in names if stage == "study" else (*ablation.OTHER_STYLES, *ablation.OTHERS):
-            if (stage, concept, kind) not in {key[:3] for key in done} and (found := target_of(pipe, concept, kind)):
+    for kind in kinds:
+        for concept in {"study": names, "broad": OBJECTS}.get(stage, (*ablation.OTHER_STYLES, *OBJECTS)):
+            if (stage, concept, kind) not in {key[:3] for key in done} and (
+                found := target_of(pipe, stage, concept, kind)
+            ):
                 yield Job(stage, concept, kind, *found)
 
 
 def cases_of(job: Job) -> list[paired.Case]:
-    """What is drawn: of the study every name twice, else what the ablation draws to confirm."""
+    """What is drawn. `kinds`: 10 neighbours and 20 others in 2 styles, 2 seeds; `broad`, `brute`: fewer; `study`: each name in 2 styles."""
     if job.stage == "study":
         names = [name for group in GROUPS for name in group]
-        cases = [("concept" if o == job.concept else "unrelated", o, s) for o in names for s in ("noto", "ink")]
-        return [paired.Case(role, Prompt(world.prompt(o, s), 0, o, s)) for role, o, s in cases]
-    if job.stage == "brute":  # every second picture
-        return ablation.cases_of(job.concept, "confirm")[::2]
-    return ablation.cases_of(job.concept, "confirm")
+        return [
+            *paired.cases("concept", [(job.concept, s, 0) for s in ablation.STYLES]),
+            *paired.cases("unrelated", [(o, s, 0) for o in names if o != job.concept for s in ablation.STYLES]),
+        ]
+    if job.concept in world.STYLES:
+        return ablation.cases_of(job.concept, "confirm")
+    near, draw = world.neighbours(job.concept, 10), random.Random(job.concept)
+    far = draw.sample([o for o in world.OBJECTS if o not in (job.concept, *near)], 20)
+    words = world.paraphrases(job.concept)[:2]
+    own = [
+        *paired.cases("concept", [(job.concept, s, seed) for s in world.STYLES for seed in (0, 1)]),
+        *paired.cases("paraphrase", [(job.concept, s, 0, w) for w in words for s in ablation.STYLES]),
+    ]
+    if job.stage == "broad":
+        return [
+            *own,
+            *paired.cases("neighbour", [(o, s, 0) for o in near for s in ablation.STYLES]),
+            *paired.cases("unrelated", [(o, ablation.STYLES[i % 2], 0) for i, o in enumerate(far)]),
+        ]
+    if job.stage == "brute":
+        return [
+            *own,
+            *paired.cases("neighbour", [(o, s, 0) for o in near[:5] for s in ablation.STYLES]),
+            *paired.cases("unrelated", [(o, ablation.STYLES[i % 2], 0) for i, o in enumerate(far[:10])]),
+        ]
+    seen = [(s, seed) for s in ablation.STYLES for seed in (0, 1)]
+    return [
+        *own,
+        *paired.cases("neighbour", [(o, *how) for o in near for how in seen]),
+        *paired.cases("unrelated", [(o, *how) for o in far for how in seen]),
+    ]
 
 
-def make(pipe: Any, concept: str, target: Sequence[str], preserve: Sequence[str]) -> ErasureAdapter:
-    told = {"templates": world.style_contexts()} if concept in world.STYLES else {}
+def make(pipe: Any, stage: str, concept: str, target: Sequence[str], preserve: Sequence[str]) -> ErasureAdapter:
+    told = options_of(pipe, stage, concept)
     return erase(pipe, concept, target=tuple(target) or "null", preserve=tuple(preserve), **told)
 
 
@@ -109,7 +171,7 @@ def measure(pipe: Any, judge: Any, job: Job, pictures: Path) -> dict[str, Any]:
     """Of every picture its part, what it should show, the judge's probability of that before and after, whether it is the likeliest,
     and how far the pixels moved (root mean square of 0 to 1). Of a style's pictures the style is looked for, else the object."""
     cases, is_style = cases_of(job), job.concept in world.STYLES
-    adapter = make(pipe, job.concept, job.target, job.preserve)
+    adapter = make(pipe, *job.made)
     before, after = map(images.read, paired.draw(pipe, adapter, cases, pictures))
     seen, rows = [judge.probabilities(some) for some in (before, after)], []
     for i, (role, prompt) in enumerate(cases):
@@ -131,12 +193,12 @@ def measure(pipe: Any, judge: Any, job: Job, pictures: Path) -> dict[str, Any]:
     return job._asdict() | {"rows": rows, "bytes": adapter.size}
 
 
-def run(stage: str, work: Path, pictures: Path) -> None:
+def run(stage: str, work: Path, pictures: Path, kinds: Sequence[str] = KINDS) -> None:
     """Do what is not in the results yet."""
     work.mkdir(parents=True, exist_ok=True)
     done = {(e["stage"], e["concept"], e["kind"], tuple(e["target"])) for e in paired.read(work / RESULTS)}
     pipe, judge = world.load(), world.judge()
-    for job in jobs(stage, pipe, done):
+    for job in jobs(stage, pipe, done, kinds):
         if job[:4] in done:
             continue
         entry = measure(pipe, judge, job, pictures)
@@ -162,7 +224,8 @@ def predict(
     pipe: Any, entry: dict[str, Any], metric: Tensor, known: dict[str, tuple[Tensor, Tensor]]
 ) -> dict[str, list[float]]:
     """Of each other object the predicted damage: of its name in the pack's contexts, and of all tokens of the prompts drawn of it."""
-    adapter, encoder = make(pipe, entry["concept"], entry["target"], entry["preserve"]), Encoder(pipe)
+    adapter = make(pipe, *(entry[key] for key in ("stage", "concept", "target", "preserve")))
+    encoder = Encoder(pipe)
     X, roles = adapter.edits[TEXT].matrix, ("subject", "eot")
     null, nothing = encoder.null_rows(roles), encoder.encode([""]).rows.double()
     empty = torch.stack([null[role] for role in roles])
@@ -372,7 +435,7 @@ def choices() -> None:
     print(
         "| concept | found | collateral | without preserving it | the empty prompt's | refused |\n|---|---|---|---|---|---|"
     )
-    for concept in ablation.OTHERS:
+    for concept in OBJECTS:
         kept, bare = (search_targets(pipe, concept, world.OBJECTS, shield=shield) for shield in (True, False))
         same = next((t.collateral for t in bare if t.names == kept[0].names), float("nan"))
         refused = ", ".join(name for name, _ in kept.refused if name != concept) or "none"
@@ -383,7 +446,7 @@ def choices() -> None:
 def tables(work: Path) -> None:
     """Markdown tables of every stage."""
     entries = results(work)
-    for stage in ("kinds", "study", "brute"):
+    for stage in ("kinds", "broad", "study", "brute"):
         for styles in (False, True):
             mine = [e for e in entries if e["stage"] == stage and (e["concept"] in world.STYLES) == styles]
             if not mine:
@@ -402,15 +465,16 @@ def tables(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("choices", "kinds", "brute", "study", "tables"))
+    parser.add_argument("stage", choices=("choices", "kinds", "broad", "brute", "study", "tables"))
     parser.add_argument("--work", type=Path, default=Path("targets-work"))
-    parser.add_argument("--pictures", type=Path, help="by default in --work; ablation.py's folder has some of them")
+    parser.add_argument("--pictures", type=Path, help="by default in --work")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="only these")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stage in ("choices", "tables"):
         return choices() if options.stage == "choices" else tables(options.work)
-    run(options.stage, options.work, options.pictures or options.work / "pictures")
+    run(options.stage, options.work, options.pictures or options.work / "pictures", options.kinds)
 
 
 if __name__ == "__main__":
