@@ -533,7 +533,8 @@ def _follow_chains(edit: Edit, erased: set[str], chains: str) -> Edit:
             if chains != "follow":
                 raise ConflictError(
                     f"{label.concept!r} is sent to {target!r}, which is erased too, so it would land on an erased concept; "
-                    f"choose another target for {label.concept!r} or compose with chains='follow'"
+                    f"erase both together, erase(pipe, [{label.concept!r}, {target!r}]), choose another target for "
+                    f"{label.concept!r}, or compose with chains='follow'"
                 )
             if len(goals) > 1 or onward is None or same_name(target) in visited:
                 raise ConflictError(

@@ -91,7 +91,7 @@ def erase(
     given = {key: value for key, value in asked.items() if value is not None}
     decided = defaults | given | {key: value for key, value in chosen.fixed.items() if key in defaults}
     stands = {space: cache(partial(packs.pack_on, encoder, recipe, space)) for space in encoder.widths}
-    reading = {"residual": 0.02} | {key: decided[key] for key in ("tokens", "templates", "residual") if decided[key]}
+    reading = defaults | {key: value for key, value in decided.items() if key in given or value}
     plans = targets.choose(encoder, recipe, concepts, goals, kept, candidates, others, **reading)
     made = []
     for name, (goal, shielded) in zip(concepts, plans, strict=True):

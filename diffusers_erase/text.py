@@ -278,6 +278,7 @@ class Encoder:
         and there are hardly any pads: for measuring many names quickly, not for rows that are kept.
         """
         longest = 2 + max(len(ids) for tokenizer in self.tokenizers for ids in self._ids(prompts, tokenizer))
+        longest = min(longest, self.window)  # whatever is longer is refused there
         view = copy.copy(self.pipe)  # shallow, and of the same class: its own `encode_prompt` reads
         for name, _ in self.family.encoders:
             if getattr(self.pipe, name, None) is not None:

@@ -41,10 +41,10 @@ class Case:
 
 
 CASES = (
-    Case("ridge"),
+    Case("ridge", {"target": "null"}),
     Case("ridge", {"target": "dog", "residual": 0.3}),
     Case("ridge", {"target": ("dog", "tree"), "tokens": "all"}),
-    Case("ridge", {"preserve": ("wolf", "car"), "coreferences": "black cat", "tokens": "name+eot"}),
+    Case("ridge", {"target": "null", "preserve": ("wolf", "car"), "coreferences": "black cat", "tokens": "name+eot"}),
     Case("ridge", {"target": "dog", "gate": 0.3}),
     Case("uce"),
     Case("uce", {"target": "dog", "preserve": ("wolf", "car")}),

@@ -32,7 +32,7 @@ def still(tokenizer):
         ({"target": ["dog", "cat"]}, "itself"),
         ({"target": "kitten", "coreferences": "kitten"}, "would be sent to 'kitten', itself"),
         ({"target": "漢字"}, "knows no part"),
-        ({"target": None}, "a name is a text"),
+        ({"target": 5}, "a name is a text"),
         ({"target": "auto", "candidates": ["cats"]}, "no candidate is left for 'cat'"),
         ({"target": "auto", "preserve": ["Cat"]}, "'Cat' is to be erased and preserved"),
         ({"concept": " ", "preserve": "auto"}, "an empty name was given"),
@@ -131,7 +131,7 @@ def test_one_concept_in_a_list_is_that_concept(still):
     assert (
         erase(still, ["cat"], target=["dog"], pack=PACK).digest == erase(still, "cat", target="dog", pack=PACK).digest
     )
-    assert erase(still, " cat ", pack=PACK).digest == erase(still, "cat", target="", pack=PACK).digest
+    assert erase(still, " cat ", target="null", pack=PACK).digest == erase(still, "cat", target="", pack=PACK).digest
 
 
 def test_names_given_twice_count_once(still):
@@ -170,6 +170,13 @@ def test_the_recipe_tells_how_it_was_made(still):
 # --- Targets that are searched ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("method", "searched"), [("ridge", True), ("uce", False)])
+def test_ridge_searches_its_target_and_papers_send_to_the_empty_prompt(still, method, searched):
+    recipe = erase(still, "cat", method=method, pack=PACK if method == "ridge" else None).recipes[0]
+    best = search_targets(still, "cat", pack=PACK)[0].names
+    assert recipe.targets == (best if searched else ()) and best != ()
+
+
 def test_auto_is_the_best_of_the_ranking(still):
     told = {"pack": PACK, "templates": ["{}", "a {}"]}
     best = search_targets(still, "cat", ["dog", "tree", "boat"], **told)
@@ -182,7 +189,6 @@ def test_auto_of_several_sends_none_to_another(still):
     told = {"pack": PACK, "templates": ["{}", "a {}"], "candidates": ["dog", "cat", "tree"], "residual": 0.1}
     both = erase(still, ["cat", "dog"], target=["auto", "boat"], **told)
     assert {recipe.concept: recipe.targets for recipe in both.recipes} == {"cat": ("tree",), "dog": ("boat",)}
-    assert {recipe.concept: recipe.preserve for recipe in both.recipes} == {"cat": ("tree",), "dog": ()}
 
 
 @pytest.mark.parametrize("target", ["null", "dog", "auto"])

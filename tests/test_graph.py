@@ -42,7 +42,7 @@ def made(damage, groups=("a", "a", "b")):
 def test_an_edge_is_the_damage_that_the_adapter_does(still, graph):
     encoder, M = Encoder(still), readout(still)
     null = encoder.null_rows(("subject", "eot"))
-    edit = erase(still, "cat", **TOLD).edit
+    edit = erase(still, "cat", target="null", **TOLD).edit
     for b, name in enumerate(NAMES):
         shares = []
         for role, row in encoder.rows(name, ("subject", "eot"), ["{}"]).items():

@@ -47,14 +47,16 @@ def test_a_search_changes_nothing_and_repeats(still):
 
 def test_the_ranking_is_ordered_and_explains_itself(still):
     ranking = search(still, k=5)
-    costs = [target.collateral + target.confusion for target in ranking]
-    assert len(ranking) == 5 and costs == sorted(costs)
+    assert len(ranking) == 5 and list(ranking) == sorted(ranking, key=lambda target: target.collateral)
+    assert all(target.synonym <= 0.4 and target.relatedness < 1 for target in ranking)
     for target in (*ranking, ranking.null):
         assert [d for _, d in target.hurt] == sorted((d for _, d in target.hurt), reverse=True)
         assert len(target.hurt) == 10 and target.hurt[0][0] in str(target)
     assert ranking.null.names == () and "the empty prompt" in str(ranking.null)
     assert ranking[0].names[0] in str(ranking[0])
-    assert ranking.options == {"target": ranking[0].names, "preserve": ranking[0].names}
+    assert ranking.options == {"target": ranking[0].names, "preserve": ()}
+    shielded = search(still, shield=True)
+    assert shielded.options["preserve"] == shielded[0].names
 
 
 def test_of_a_few_candidates_the_damage_of_others_counts(still):
@@ -154,7 +156,7 @@ def test_nothing_left_to_choose_from(still):
         ({"candidates": ["dog", ""]}, "an empty name was given"),
         (
             {"candidates": "dog"},
-            "candidates are a list of names, 'words', 'neighbours', or the Path of WordNet's database: got 'dog'",
+            "candidates are a list of names, 'everyday', 'words', 'neighbours', or the Path of WordNet's database: got 'dog'",
         ),
         ({"preserve": ["Cat"]}, "'Cat' is to be erased and preserved"),
         ({"preserve": "dog"}, "preserve is a list of names, or 'auto': got 'dog'"),
@@ -173,7 +175,7 @@ def test_what_is_preserved_is_hurt_less(still):
     kept = search(still, candidates=["wolf", "boat"], among=["dog", "car", "tree"], preserve=["dog"])
     damage = [dict(next(t for t in ranking if t.names == ("wolf",)).hurt)["dog"] for ranking in (free, kept)]
     assert damage[1] < 0.3 * damage[0]
-    assert kept.options["preserve"] == ("dog", *kept[0].names)
+    assert kept.options["preserve"] == ("dog",)
 
 
 def test_preserve_auto_keeps_who_would_be_hurt_most_until_the_target_repeats(still):
@@ -197,6 +199,14 @@ def test_mixtures_of_a_few_names(still):
 def test_candidates_from_the_tokenizer(still, source):
     ranking = search(still, candidates=source)
     assert set(names(ranking)) <= {(word,) for word in Encoder(still).words()} and 0 < len(ranking) <= 8
+
+
+def test_candidates_from_the_base_pack(still):
+    """What its prompts speak of, without particles and what the templates say anyway."""
+    everyday = vocabulary.candidates(Encoder(still), "cat", "everyday", PACK.prompts, ("a painting of {}",))
+    assert {"dog", "beach", "monet"} < set(everyday) and not {"the", "with", "painting", "of"} & set(everyday)
+    ranking = search_targets(still, "cat", pack=PACK, templates=CONTEXTS)
+    assert {name for target in ranking for name in target.names} <= set(everyday) | {"painting"}
 
 
 def wordnet(folder, synsets):

@@ -141,3 +141,26 @@ def test_the_seal_is_seen_where_it_is_and_only_there(judge):
     pictures[1, 1:, top:bottom, left:right] = 0.1  # a red square in the corner
     pictures[2, 1:, :12, :12] = 0.1  # the same elsewhere
     assert judge.sealed(pictures) == [False, True, False]
+
+
+def test_the_denoiser_tells_paraphrases_from_siblings(emoji):
+    """What target search refuses as a synonym: of these objects every paraphrase, and no sibling. Their text states overlap."""
+    from diffusers_erase.guess import FirstGuess
+    from diffusers_erase.targets import SYNONYM_MAX
+    from diffusers_erase.text import Encoder
+
+    guess = FirstGuess(Encoder(emoji), ("{}", "a drawing of a {}"))
+    for concept in ("cat", "octopus", "fish", "bus", "hammer"):
+        others, near = ([(n,) for n in names] for names in (world.paraphrases(concept), world.neighbours(concept, 3)))
+        assert (1 - guess.distances(concept, others)).min() > SYNONYM_MAX + 0.1
+        assert (1 - guess.distances(concept, near)).max() < SYNONYM_MAX - 0.1
+
+
+@pytest.mark.parametrize(("concept", "paraphrase"), [("butterfly", "pretty"), ("penguin", "antarctica")])
+def test_a_search_by_itself_finds_what_is_near_and_drawn_otherwise(emoji, concept, paraphrase):
+    from diffusers_erase import search_targets
+
+    ranking = search_targets(emoji, concept, k=3)
+    assert dict(ranking.refused)[paraphrase].startswith("a synonym")
+    assert ranking[0].collateral < 0.5 * ranking.null.collateral and ranking[0].synonym < 0.2
+    assert paraphrase in {t.names[0] for t in search_targets(emoji, concept, k=3, synonym_max=1.0)}  # the control

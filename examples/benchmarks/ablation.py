@@ -58,8 +58,9 @@ class Setting:
 
 def context_rows(pipe: Any, concept: str, recipe: PackRecipe, rank: int | None = None, **_: Any) -> ErasureAdapter:
     """The default erasure with one row for each template instead of their mean; `rank` keeps their first singular directions."""
-    whole = erase(pipe, concept, pack=recipe, templates=recipe.templates)
-    parts = [erase(pipe, concept, pack=recipe, templates=[template]).edits[TEXT] for template in recipe.templates]
+    whole = erase(pipe, concept, target="null", pack=recipe, templates=recipe.templates)
+    alone = {"target": "null", "pack": recipe}
+    parts = [erase(pipe, concept, templates=[template], **alone).edits[TEXT] for template in recipe.templates]
     keys, pulled, labels = [], [], []
     for i, label in enumerate(whole.edits[TEXT].labels):
         same = [part.labels.index(label) for part in parts]
@@ -83,7 +84,7 @@ def context_rows(pipe: Any, concept: str, recipe: PackRecipe, rank: int | None =
 
 def other_pack(pipe: Any, concept: str, recipe: PackRecipe, moment: bool = True, **_: Any) -> ErasureAdapter:
     """The default erasure on a pack without hard rows, or on λI alone (`moment` False), as UCE has it."""
-    whole, encoder = erase(pipe, concept, pack=recipe), Encoder(pipe)
+    whole, encoder = erase(pipe, concept, target="null", pack=recipe), Encoder(pipe)
     seen, _hard = background(encoder, recipe)[TEXT]
     pack = base_pack(recipe, encoder.fingerprint(), seen if moment else torch.eye(len(seen)).double(), None)
     edit = whole.edits[TEXT]

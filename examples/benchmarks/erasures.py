@@ -30,7 +30,7 @@ SHARES = {
 """Heads of the table, and the part and aspect that each tells."""
 
 
-def trials(concepts: list[str], target: str, work: Path, coreferences: bool, **options) -> list[bench.Trial]:
+def trials(concepts: list[str], target: str | None, work: Path, coreferences: bool, **options) -> list[bench.Trial]:
     """One trial a concept; `target` "sibling" is each concept's nearest neighbour."""
     pipe, judges = world.load(), {"shows": emoji_objects(), "style": emoji_styles()}
     found = []
@@ -66,7 +66,9 @@ def sheet(found: list[bench.Trial]) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=list(OBJECTS))
-    parser.add_argument("--target", default="null", help="a name, 'null', or 'sibling': each one's nearest neighbour")
+    parser.add_argument(
+        "--target", help="a name, 'null', or 'sibling': each one's nearest neighbour; by default searched"
+    )
     parser.add_argument("--method", default="ridge")
     parser.add_argument("--tokens")
     parser.add_argument("--residual", type=float)

@@ -34,7 +34,7 @@ BUDGET = {"updates": 100, "batch": 8, "rate": 5e-4, "steps": world.STEPS, "guida
 METHODS: dict[str, dict[str, Any]] = {
     "UCE, empty": {"method": "uce"},
     "UCE, generic": {"method": "uce", "target": "generic"},
-    "ridge, null": {},
+    "ridge, null": {"target": "null"},
     "ridge, generic": {"target": "generic"},
     "ridge, auto": {"target": "auto"},
     "ridge, AGE's target": {"target": "learned"},

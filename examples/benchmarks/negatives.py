@@ -60,7 +60,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     pipe, judge = world.load(), world.judge()
     pipe.set_progress_bar_config(disable=True)
-    adapters = {concept: erase(pipe, concept) for concept in CONCEPTS}
+    adapters = {concept: erase(pipe, concept, target="null") for concept in CONCEPTS}
     for name, branch in ERASURES.items():
         for asked in ("concept", "unrelated"):
             pictures: dict[str, list] = {"": [], "erased": [], "other": []}

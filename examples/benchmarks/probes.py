@@ -88,7 +88,8 @@ def main() -> None:
     pipe, judge, found = world.load(), world.judge(), []
     adapter = "paraphrases named too" if given.coreferences else "by name only"
     for concept in given.concepts:
-        load_erasure(pipe, erase(pipe, concept, coreferences=world.paraphrases(concept) if given.coreferences else ()))
+        named = world.paraphrases(concept) if given.coreferences else ()
+        load_erasure(pipe, erase(pipe, concept, target="null", coreferences=named))
         folder = given.work / concept / adapter.replace(" ", "-")
         found.append(measured(pipe, judge, concept, given.probes, given.budget, folder))
         unload_erasure(pipe)

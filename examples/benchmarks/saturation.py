@@ -55,7 +55,7 @@ def main():
         "| concepts | rows | saturation | largest residual | others kept (95 % interval) | n | erased ones gone |\n|"
         + "---|" * 7
     )
-    made = [erase(pipe, name, gate=arguments.gate) for name in erased[: max(arguments.concepts)]]
+    made = [erase(pipe, name, target="null", gate=arguments.gate) for name in erased[: max(arguments.concepts)]]
     for count in arguments.concepts:
         union = compose(*made[:count], residual_max=None)
         load_erasure(pipe, union, residual_max=None)

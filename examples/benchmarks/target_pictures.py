@@ -58,7 +58,7 @@ OBJECTS = (
 """Of those on which nothing was tuned (ablation.OTHERS), spread over the groups."""
 RESULTS = "pictures.jsonl"
 KINDS = ("empty", "sibling", "searched", "direction-aware", "parent", "paraphrase", "unrelated", "random")
-"""`searched` is what `erase` does by itself; `direction-aware` the same with `confusion` added to what is ranked, and the target preserved."""
+"""`searched` is what `erase` does by itself; `direction-aware` ranks by collateral + confusion, and preserves the target."""
 BROAD = 50.0
 """The ridge λ of a base pack that protects next to nothing (the model's own: 0.5), so that there is damage to tell targets apart by."""
 BRUTE = 20
