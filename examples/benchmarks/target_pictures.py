@@ -1,6 +1,7 @@
 """Target search against pictures, on emoji-sd: does the predicted damage rank the measured one, and is the found target good?
 
-    python examples/benchmarks/target_pictures.py choices  # what is found for 12 objects; draws nothing
+    python examples/benchmarks/target_pictures.py choices  # what is found for 64 objects; draws nothing
+    python examples/benchmarks/target_pictures.py synonyms # what tells a paraphrase from a sibling; draws nothing
     python examples/benchmarks/target_pictures.py kinds    # 12 objects and 2 styles, each sent to 8 kinds of target
     python examples/benchmarks/target_pictures.py broad    # the same objects under a base pack that protects nothing: others are hurt
     python examples/benchmarks/target_pictures.py brute    # 8 objects, each sent to each of 20 candidates
@@ -29,6 +30,7 @@ from torch import Tensor
 from diffusers_erase import ErasureAdapter, erase, packs, search_targets, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.metrics import Estimate, paired_bootstrap
+from diffusers_erase.guess import FirstGuess
 from diffusers_erase.outlook import squared
 from diffusers_erase.sites import TEXT
 from diffusers_erase.targets import readout
@@ -299,6 +301,7 @@ def pairs_of(entries: list[dict[str, Any]], predictor: int, measure: Callable[[R
 
 OTHER = ("neighbour", "unrelated")
 MEASURES: dict[str, Callable[[Row], float]] = {
+    "lost": lambda row: float(not row.hit_after),
     "probability lost": lambda row: row.before - row.after,
     "pixels moved": lambda row: row.moved,
 }
@@ -306,20 +309,16 @@ PREDICTORS = ("name in contexts", "all tokens of the prompts")
 
 
 def rank_table(entries: list[dict[str, Any]]) -> None:
-    print(
-        "\n| Spearman of | "
-        + " | ".join(f"{p} / {m}" for p in PREDICTORS for m in MEASURES)
-        + " |\n|---|---|---|---|---|"
-    )
+    """Spearman of predicted and measured damage over (concept, target, other), of all pairs and within each kind of target."""
+    graded = {name: measure for name, measure in MEASURES.items() if name != "lost"}
+    heads = [f"{predictor} / {name}" for predictor in PREDICTORS for name in graded]
+    print(f"\n| Spearman of | {' | '.join(heads)} |\n{'|---' * (len(heads) + 1)}|")
     kinds = dict.fromkeys(e["kind"] for e in entries)
-    for title, mine in (
-        ("all pairs", entries),
-        *((kind, [e for e in entries if e["kind"] == kind]) for kind in kinds),
-    ):
+    for title, mine in (("all", entries), *((kind, [e for e in entries if e["kind"] == kind]) for kind in kinds)):
         cells = [
             number(by_concept(pairs_of(mine, p, measure), spearman))
             for p in range(len(PREDICTORS))
-            for measure in MEASURES.values()
+            for measure in graded.values()
         ]
         print(f"| {title} | {' | '.join(cells)} |")
 
@@ -333,18 +332,26 @@ def shares(entries: list[dict[str, Any]]) -> list[str]:
     rows = {role: [row for e in entries for row in e["rows"] if row.role == role and row.hit_before] for role in ROLES}
     cells = [str(Estimate.of_share([row.hit_after for row in rows[role]])) for role in ROLES]
     others = [row for role in OTHER for row in rows[role]]
-    cells += [f"{np.mean([m(row) for row in others]):.4f}" for m in MEASURES.values()]
+    cells += [f"{np.mean([m(row) for row in others]):.4f}" for name, m in MEASURES.items() if name != "lost"]
     told = [value[0] for e in entries for value in e.get("predicted", {}).values()]
-    return [*cells, f"{np.mean(told):.2%}" if told else ""]
+    return [*cells, f"{np.mean(told):.1%}" if told else ""]
 
 
 ROLES = ("concept", "paraphrase", "neighbour", "unrelated")
 
 
 def kinds_table(entries: list[dict[str, Any]]) -> None:
-    heads = ("target", "concept left", "paraphrases left", "neighbours kept", "unrelated kept", *MEASURES, "predicted")
+    heads = (
+        "target",
+        "concept left",
+        "paraphrases left",
+        "neighbours kept",
+        "unrelated kept",
+        *list(MEASURES)[1:],
+        "predicted",
+    )
     print(f"\n| {' | '.join(heads)} |")
-    print("|---" * 8 + "|")
+    print("|---" * len(heads) + "|")
     for kind in dict.fromkeys(e["kind"] for e in entries):
         print(f"| {kind} | {' | '.join(shares([e for e in entries if e['kind'] == kind]))} |")
 
@@ -381,29 +388,42 @@ def paired_table(entries: list[dict[str, Any]], first: str = "empty") -> None:
 
 def brute_table(entries: list[dict[str, Any]], pipe: Any) -> None:
     """Of each concept the search's choice among the 20 candidates, and the best by pictures: erased, and others kept most."""
-    print(
-        "\n| concept | chosen: left, others' pixels moved, rank | best by pictures | refused, of these left | Spearman |"
+    heads = (
+        "concept",
+        "chosen: left, others kept, moved",
+        "rank by pixels moved",
+        "best by pictures",
+        "refused: left",
+        "Spearman",
     )
-    print("|---|---|---|---|---|")
+    print(f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    pairs: list[tuple[float, float, str]] = []
     for concept in dict.fromkeys(e["concept"] for e in entries):
         mine = {e["target"][0]: e for e in entries if e["concept"] == concept}
+        seen = {name: _seen(e) for name, e in mine.items()}
         ranking = search_targets(pipe, concept, tuple(mine), k=BRUTE)
-        refused = dict(ranking.refused)
-        left, moved, told = {}, {}, {}
-        for name, e in mine.items():
-            left[name] = float(
-                np.mean([row.hit_after for row in e["rows"] if row.role == "concept" and row.hit_before])
-            )
-            moved[name] = float(np.mean([row.moved for row in e["rows"] if row.role in OTHER and row.hit_before]))
-            told[name] = float(np.mean([v[0] for v in e["predicted"].values()]))
-        good = sorted((name for name in mine if left[name] <= 0.125), key=moved.__getitem__)
-        chosen = ranking[0].names[0]
-        rank = good.index(chosen) + 1 if chosen in good else "not erased"
-        gone = ", ".join(f"{name} {left[name]:.0%}" for name in mine if name in refused) or "none"
-        best = f"{good[0]}: {left[good[0]]:.0%}, {moved[good[0]]:.4f}" if good else "none"
-        both = np.array([[told[name], moved[name]] for name in mine])
-        found = f"{chosen}: {left[chosen]:.0%}, {moved[chosen]:.4f}, {rank} of {len(good)}"
-        print(f"| {concept} | {found} | {best} | {gone} | {spearman(both):.2f} |")
+        good = sorted((n for n in mine if seen[n][0] <= 0.125), key=lambda n: (-seen[n][1], seen[n][2]))
+        by_pixels = sorted(good, key=lambda n: seen[n][2])
+        chosen, best = ranking[0].names[0], good[0]
+        rows = [[r for r in mine[name]["rows"] if r.role in OTHER and r.hit_before] for name in (best, chosen)]
+        pairs += [(float(b.hit_after), float(c.hit_after), concept) for b, c in zip(*rows, strict=True)]
+        gone = ", ".join(f"{n} {seen[n][0]:.0%}" for n, _ in ranking.refused) or "none"
+        both = np.array([[np.mean([v[0] for v in mine[n]["predicted"].values()]), seen[n][2]] for n in mine])
+        told = [f"{n}: {seen[n][0]:.0%}, {seen[n][1]:.1%}, {seen[n][2]:.4f}" for n in (chosen, best)]
+        place = f"{by_pixels.index(chosen) + 1} of {len(good)}" if chosen in good else "not erased"
+        print(f"| {concept} | {told[0]} | {place} | {told[1]} | {gone} | {spearman(both):.2f} |")
+    one, two, concepts = zip(*pairs, strict=True)
+    d = paired_bootstrap(one, two, concepts).difference
+    print(
+        f"\nothers kept, chosen less best: {100 * d.value:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}], n = {d.n}"
+    )
+
+
+def _seen(entry: dict[str, Any]) -> tuple[float, float, float]:
+    """Of a concept and target the share of the concept left, the share of others kept, and how far their pixels moved."""
+    own, others = ([r for r in entry["rows"] if r.role in roles and r.hit_before] for roles in (("concept",), OTHER))
+    left, kept = (float(np.mean([row.hit_after for row in rows])) for rows in (own, others))
+    return left, kept, float(np.mean([row.moved for row in others]))
 
 
 def study_table(entries: list[dict[str, Any]]) -> None:
@@ -430,17 +450,57 @@ def study_table(entries: list[dict[str, Any]]) -> None:
 
 
 def choices() -> None:
-    """What the search finds for every object of the ablation, among all objects; no picture."""
-    pipe = world.load()
-    print(
-        "| concept | found | collateral | without preserving it | the empty prompt's | refused |\n|---|---|---|---|---|---|"
+    """What the search finds for every object, how soon separately made adapters are in each other's way; no picture."""
+    pipe, found = world.load(), {}
+    kin = world.catalogue()["objects"]
+    print("| concept | found | collateral | the empty prompt's | refused as synonyms |\n|---|---|---|---|---|")
+    for concept in world.OBJECTS:
+        ranking = search_targets(pipe, concept, k=1)
+        found[concept] = ranking[0].names[0]
+        refused = ", ".join(name for name, reason in ranking.refused if reason.startswith("a synonym")) or "none"
+        told = f"{ranking[0].collateral:.1%} | {ranking.null.collateral:.1%} | {refused}"
+        print(f"| {concept} | {found[concept]} | {told} |", flush=True)
+    known = {c: t for c, t in found.items() if t in kin}
+    related = [kin[c]["subgroup"] == kin[t]["subgroup"] for c, t in known.items()]
+    draw, sets = random.Random(0), 10_000
+    clash = sum(
+        any(known.get(c) in some for c in some) for some in (draw.sample(world.OBJECTS, 5) for _ in range(sets))
     )
-    for concept in OBJECTS:
-        kept, bare = (search_targets(pipe, concept, world.OBJECTS, shield=shield) for shield in (True, False))
-        same = next((t.collateral for t in bare if t.names == kept[0].names), float("nan"))
-        refused = ", ".join(name for name, _ in kept.refused if name != concept) or "none"
-        told = f"{kept[0].collateral:.2%} | {same:.2%} | {kept.null.collateral:.2%} | {refused}"
-        print(f"| {concept} | {kept[0].names[0]} | {told} |", flush=True)
+    print(f"\nsent to another object: {len(known)} of {len(found)}, {sum(related)} of them of the same kind")
+    print(f"random sets of 5 in which one is sent to another: {clash / sets:.0%}")
+
+
+def synonyms() -> None:
+    """How far paraphrases, siblings and unrelated objects lie from each object, as a share of the way to the empty prompt."""
+    pipe, roles, kin = world.load(), ("subject", "eot"), world.catalogue()["objects"]
+    encoder, metric = Encoder(pipe), readout(pipe)
+    guess = FirstGuess(encoder, packs.recipe_of(pipe).templates)
+    nothing = torch.stack(list(encoder.null_rows(roles).values()))
+    far: dict[str, list[list[float]]] = {"paraphrases": [], "siblings": [], "unrelated": []}
+    for concept in world.OBJECTS:
+        apart = [o for o in world.OBJECTS if kin[o]["group"] != kin[concept]["group"]]
+        near = [o for o in world.neighbours(concept, 3) if kin[o]["subgroup"] == kin[concept]["subgroup"]]
+        some = random.Random(concept).sample(apart, 3)
+        for kind, names in zip(far, (world.paraphrases(concept), near, some), strict=True):
+            if names:
+                own, *others = encoder.table([concept, *names], roles, ["{}"])
+                whole = squared(nothing - own, metric).sum().sqrt()
+                text = [float(squared(rows - own, metric).sum().sqrt() / whole) for rows in others]
+                far[kind] += map(
+                    list, zip(text, guess.distances(concept, [(n,) for n in names]).tolist(), strict=True)
+                )
+    print(
+        "| distance | text states: 5 %, median, 95 % | first guess: least, 5 %, median, 95 %, most | n |\n|---|---|---|---|"
+    )
+    for kind, rows in far.items():
+        text, first = np.array(rows).T
+        cells = (np.percentile(text, [5, 50, 95]), np.percentile(first, [0, 5, 50, 95, 100]))
+        print(f"| {kind} | {' | '.join(', '.join(f'{v:.2f}' for v in cell) for cell in cells)} | {len(rows)} |")
+    for i, name in enumerate(("text states", "first guess")):
+        pairs = [(p[i], s[i]) for p in far["paraphrases"] for s in far["siblings"]]
+        print(
+            f"{name}: a paraphrase lies nearer than a sibling in {np.mean([p < s for p, s in pairs]):.1%} of all pairs"
+        )
 
 
 def tables(work: Path) -> None:
@@ -465,15 +525,15 @@ def tables(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("choices", "kinds", "broad", "brute", "study", "tables"))
+    parser.add_argument("stage", choices=("choices", "synonyms", "kinds", "broad", "brute", "study", "tables"))
     parser.add_argument("--work", type=Path, default=Path("targets-work"))
     parser.add_argument("--pictures", type=Path, help="by default in --work")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="only these")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.stage in ("choices", "tables"):
-        return choices() if options.stage == "choices" else tables(options.work)
+    if options.stage in ("choices", "synonyms", "tables"):
+        return {"choices": choices, "synonyms": synonyms, "tables": lambda: tables(options.work)}[options.stage]()
     run(options.stage, options.work, options.pictures or options.work / "pictures", options.kinds)
 
 
