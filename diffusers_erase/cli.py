@@ -1,5 +1,6 @@
 """The command line: parse, call, print. The only file that prints; bad input is one line and exit code 2."""
 
+import inspect
 import json
 import os
 import shlex
@@ -105,6 +106,12 @@ def erase(
     tokens: Tokens = None,
     gate: Gate = None,
     pack: Annotated[Path | None, typer.Option(help="Base pack: a JSON file with name and prompts.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="An option of the method, see `diffusers-erase methods`; repeat for more."
+        ),
+    ] = None,
 ) -> None:
     """Erase CONCEPT from MODEL and save the adapter."""
     pipe = _pipeline(model)
@@ -112,7 +119,7 @@ def erase(
     adapter = erase_concepts(
         pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 else goal,
         preserve=_preserved(preserve), candidates=_candidates(candidate), coreferences=coreference or (), method=method,
-        residual=residual, tokens=tokens, gate=gate, pack=pack,
+        residual=residual, tokens=tokens, gate=gate, pack=pack, **_options(option or []),
     )  # fmt: skip
     _print_adapter(adapter)
     out.print(f"saved: {adapter.save_pretrained(folder, model=pipe)}")
@@ -623,6 +630,22 @@ def _candidates(given: list[str] | None) -> str | Path | list[str] | None:
     if len(given) == 1 and given[0] in SOURCES:
         return given[0]
     return Path(given[0]) if len(given) == 1 and Path(given[0]).is_dir() else given
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """Options of a method that were typed as `name=value`: values are JSON, or else plain text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, mark, value = text.partition("=")
+        if not mark or not name:
+            raise EraseError(f"an option of a method is NAME=VALUE, such as updates=100: got {text!r}")
+        if name in inspect.signature(erase_concepts).parameters:
+            raise EraseError(f"{name} is no option of a method: give it as --{name}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _preserved(given: list[str] | None) -> str | list[str]:

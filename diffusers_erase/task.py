@@ -128,4 +128,10 @@ def method_named(name: str, options: dict[str, Any]) -> tuple[Method, dict[str, 
         raise EraseError(
             f"method {name!r} has no option {sorted(unknown)[0]!r}: its options are {', '.join(known) or 'none'}"
         )
+    for option, value in options.items():
+        number, switch = isinstance(known[option], (int, float)), isinstance(known[option], bool)
+        if number and (not isinstance(value, (int, float)) or isinstance(value, bool) != switch):
+            raise EraseError(
+                f"{option} of method {name!r} is {'true or false' if switch else 'a number'}: got {value!r}"
+            )
     return METHODS[name], known | options

@@ -83,6 +83,20 @@ def test_erase_searches_its_target(model, tmp_path):
     assert recipe.targets in {(name,) for name in names} and len(recipe.preserve) > 1
 
 
+def test_options_of_a_method(model, tmp_path):
+    out = ("--out", str(tmp_path / "uce"))
+    run("erase", model, "cat", "--method", "uce", "--option", "lamb=0.25", "--option", "erase_scale=2", *out)
+    options = ErasureAdapter.from_pretrained(tmp_path / "uce").recipes[0].options
+    assert options == {"lamb": 0.25, "erase_scale": 2, "preserve_scale": 1.0}
+    for option, said in (
+        ("lamb", "is NAME=VALUE, such as updates=100: got 'lamb'"),
+        ("strength=1", "has no option 'strength'"),
+        ("tokens=last", "tokens is no option of a method: give it as --tokens"),
+        ("lamb=little", "lamb of method 'uce' is a number: got 'little'"),
+    ):
+        assert said in refused("erase", model, "cat", "--method", "uce", "--option", option, *out)
+
+
 def test_one_target_is_that_target(model, tmp_path):
     for target, expected in (("null", ()), ("dog", ("dog",))):
         run("erase", model, "cat", "--target", target, "--out", str(tmp_path / target))
