@@ -15,6 +15,7 @@ Only pictures that the unedited model got right count.
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,9 +28,9 @@ import paired
 import torch
 from torch import Tensor
 
-from diffusers_erase import ErasureAdapter, erase, packs, search_targets, world
+from diffusers_erase import ConceptGraph, ErasureAdapter, erase, packs, search_targets, world
 from diffusers_erase.bench import images
-from diffusers_erase.bench.metrics import Estimate, paired_bootstrap
+from diffusers_erase.bench.metrics import Estimate, Share, paired_bootstrap
 from diffusers_erase.guess import FirstGuess
 from diffusers_erase.outlook import squared
 from diffusers_erase.sites import TEXT
@@ -109,7 +110,7 @@ def target_of(pipe: Any, stage: str, concept: str, kind: str) -> tuple[tuple[str
     return (ablation.target_of(concept, kind),), ()
 
 
-def jobs(stage: str, pipe: Any, done: set[tuple], kinds: Sequence[str]) -> Iterator[Job]:
+def jobs(stage: str, pipe: Any, done: Callable[..., bool], kinds: Sequence[str]) -> Iterator[Job]:
     """What is to be drawn, the most telling first; searches are made only where they are needed."""
     if stage == "brute":
         for concept in OBJECTS[:8]:
@@ -121,19 +122,17 @@ def jobs(stage: str, pipe: Any, done: set[tuple], kinds: Sequence[str]) -> Itera
     names = tuple(name for group in GROUPS for name in group)
     for kind in kinds:
         for concept in {"study": names, "broad": OBJECTS}.get(stage, (*ablation.OTHER_STYLES, *OBJECTS)):
-            if (stage, concept, kind) not in {key[:3] for key in done} and (
-                found := target_of(pipe, stage, concept, kind)
-            ):
+            if not done(concept, kind) and (found := target_of(pipe, stage, concept, kind)):
                 yield Job(stage, concept, kind, *found)
 
 
 def cases_of(job: Job) -> list[paired.Case]:
-    """What is drawn. `kinds`: 10 neighbours and 20 others in 2 styles, 2 seeds; `broad`, `brute`: fewer; `study`: each name in 2 styles."""
+    """What is drawn. `kinds`: 10 neighbours and 20 others in 2 styles, 2 seeds; `broad`, `brute`: fewer; `study`: each name once."""
     if job.stage == "study":
         names = [name for group in GROUPS for name in group]
         return [
-            *paired.cases("concept", [(job.concept, s, 0) for s in ablation.STYLES]),
-            *paired.cases("unrelated", [(o, s, 0) for o in names if o != job.concept for s in ablation.STYLES]),
+            *paired.cases("concept", [(job.concept, "noto", 0)]),
+            *paired.cases("unrelated", [(o, "noto", 0) for o in names if o != job.concept]),
         ]
     if job.concept in world.STYLES:
         return ablation.cases_of(job.concept, "confirm")
@@ -198,10 +197,18 @@ def measure(pipe: Any, judge: Any, job: Job, pictures: Path) -> dict[str, Any]:
 def run(stage: str, work: Path, pictures: Path, kinds: Sequence[str] = KINDS) -> None:
     """Do what is not in the results yet."""
     work.mkdir(parents=True, exist_ok=True)
-    done = {(e["stage"], e["concept"], e["kind"], tuple(e["target"])) for e in paired.read(work / RESULTS)}
     pipe, judge = world.load(), world.judge()
+
+    def done(
+        concept: str, kind: str, target: tuple[str, ...] | None = None
+    ) -> bool:  # asked anew: others may be at work too
+        mine = [
+            e for e in paired.read(work / RESULTS) if (e["stage"], e["concept"], e["kind"]) == (stage, concept, kind)
+        ]
+        return any(target in (None, tuple(e["target"])) for e in mine)
+
     for job in jobs(stage, pipe, done, kinds):
-        if job[:4] in done:
+        if done(*job[1:4]):
             continue
         entry = measure(pipe, judge, job, pictures)
         paired.keep(work / RESULTS, entry)
@@ -426,27 +433,57 @@ def _seen(entry: dict[str, Any]) -> tuple[float, float, float]:
     return left, kept, float(np.mean([row.moved for row in others]))
 
 
-def study_table(entries: list[dict[str, Any]]) -> None:
-    """Locality, asymmetry and the most fragile names, of the pixels moved."""
-    group = {name: i for i, names in enumerate(GROUPS) for name in names}
-    print(
-        "\n| target | within the group, ‰ | between groups, ‰ | mean asymmetry, ‰ | most fragile |\n|---|---|---|---|---|"
+def study_table(entries: list[dict[str, Any]], folder: Path) -> None:
+    """AGE's section 3 of the pixels moved, for each kind of target; a page of each graph."""
+    heads = (
+        "target",
+        "concept left",
+        "others lost",
+        "moved within groups",
+        "between",
+        "asymmetry",
+        "fragile",
+        "Spearman",
     )
+    print(f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for kind in dict.fromkeys(e["kind"] for e in entries):
-        edges = {}
-        for e in (e for e in entries if e["kind"] == kind):
-            for name in group:
-                values = [row.moved for row in e["rows"] if row.shows == name and row.hit_before]
-                if name != e["concept"] and values:
-                    edges[e["concept"], name] = 1000 * float(np.mean(values))
-        inside, outside = (
-            [v for (a, b), v in edges.items() if (group[a] == group[b]) == same] for same in (True, False)
+        mine = {e["concept"]: e for e in entries if e["kind"] == kind}
+        found = graph_of(mine)
+        found.save(folder / f"graph-{kind}")
+        told = found.findings()
+        own, others = (
+            [r for e in mine.values() for r in e["rows"] if r.role == role and r.hit_before]
+            for role in ("concept", "unrelated")
         )
-        apart = [abs(v - edges[b, a]) for (a, b), v in edges.items() if a < b and (b, a) in edges]
-        column = {name: np.nanmean([v for (_, b), v in edges.items() if b == name] or [np.nan]) for name in group}
-        fragile = sorted(column, key=lambda name: -np.nan_to_num(column[name]))[:3]
-        said = ", ".join(f"{name} {column[name]:.1f}" for name in fragile)
-        print(f"| {kind} | {np.nanmean(inside):.1f} | {np.nanmean(outside):.1f} | {np.nanmean(apart):.1f} | {said} |")
+        left, lost = (
+            Share.of([r.hit_after for r in own]).estimate(),
+            Share.of([not r.hit_after for r in others]).estimate(),
+        )
+        fragile = ", ".join(f"{name} {damage:.1%}" for name, damage in told.fragile) or "none"
+        pairs = by_concept(pairs_of(list(mine.values()), 0, MEASURES["pixels moved"]), spearman)
+        cells = (
+            left,
+            lost,
+            f"{told.within:.2%}",
+            f"{told.between:.2%}",
+            f"{told.asymmetry:.0%}",
+            fragile,
+            number(pairs),
+        )
+        print(f"| {kind} | {' | '.join(map(str, cells))} |")
+
+
+def graph_of(entries: dict[str, dict[str, Any]]) -> ConceptGraph:
+    """The concept graph of one kind of target, by the pixels that moved."""
+    names = tuple(name for group in GROUPS for name in group if name in entries)
+    moved = {a: {row.shows: row.moved for row in entries[a]["rows"]} for a in names}
+    return ConceptGraph(
+        names,
+        tuple(group[0] for group in GROUPS for name in group if name in entries),
+        tuple(tuple(entries[name]["target"]) for name in names),
+        tuple(tuple(entries[a]["predicted"].get(b, [math.nan])[0] for b in names) for a in names),
+        tuple(tuple(moved[a][b] for b in names) for a in names),
+    )
 
 
 def choices() -> None:
@@ -515,10 +552,10 @@ def tables(work: Path) -> None:
             if stage != "brute":
                 kinds_table(mine)
                 paired_table(mine)
-            if not styles:
+            if not styles and stage != "study":
                 rank_table(mine)
             if stage == "study":
-                study_table(mine)
+                study_table(mine, work)
             if stage == "brute":
                 brute_table(mine, world.load())
 
