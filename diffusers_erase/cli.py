@@ -81,7 +81,10 @@ Candidate = Annotated[
         help="A candidate for the target; repeat for more. Or where from: everyday, neighbours, words, a folder of WordNet."
     ),
 ]
-Coreference = Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeat for more.")]
+Coreference = Annotated[
+    list[str] | None,
+    typer.Option(help="Another name of the concept; repeat for more. 'auto': those that the model draws alike."),
+]
 Gate = Annotated[
     float | None, typer.Option(help="Let resemblance below this threshold through (map form only), such as 0.7.")
 ]
@@ -118,7 +121,7 @@ def erase(
     goal: Any = target or [None]
     adapter = erase_concepts(
         pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 else goal,
-        preserve=_preserved(preserve), candidates=_candidates(candidate), coreferences=coreference or (), method=method,
+        preserve=_listed(preserve), candidates=_candidates(candidate), coreferences=_listed(coreference), method=method,
         residual=residual, tokens=tokens, gate=gate, pack=pack, **_options(option or []),
     )  # fmt: skip
     _print_adapter(adapter)
@@ -141,7 +144,7 @@ def targets(
     pipe = _pipeline(model)
     with out.status("reading names") as reading:
         ranking = search_targets(
-            pipe, concept, _candidates(candidate) or "everyday", k=k, coreferences=coreference or (), preserve=_preserved(preserve),
+            pipe, concept, _candidates(candidate) or "everyday", k=k, coreferences=coreference or (), preserve=_listed(preserve),
             erased=erased or (), mixture=mixture, pack=pack,
             on_words=lambda done, total: reading.update(f"reading names: {done:,} of {total:,}"),
         )  # fmt: skip
@@ -325,7 +328,7 @@ def demo(
         pipe, judges = _pipeline(EMBEDDED), _judges(EMBEDDED, suite, None, None, None, False)
     with out.status("erasing"):
         adapter = erase_concepts(
-            pipe, concept, target=target, residual=residual, tokens=tokens, gate=gate, coreferences=coreference or (),
+            pipe, concept, target=target, residual=residual, tokens=tokens, gate=gate, coreferences=_listed(coreference),
             templates=world.style_contexts() if concept in world.STYLES else None,
         )  # fmt: skip
     saved = adapter.save_pretrained(folder / "adapter", model=pipe)
@@ -648,7 +651,8 @@ def _options(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def _preserved(given: list[str] | None) -> str | list[str]:
+def _listed(given: list[str] | None) -> str | list[str]:
+    """Names that were typed, or the one word "auto"."""
     return "auto" if given == ["auto"] else given or []
 
 

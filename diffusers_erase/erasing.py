@@ -45,7 +45,8 @@ def erase(
         preserve: names that should stay as they are, softly; `"auto"` for those that the edit would hurt most.
         candidates: where `"auto"` looks for a target: names, `"everyday"` (default), `"neighbours"`, `"words"` or WordNet's folder
             (see `search_targets`); and among what `"ap"` and `"age"` choose: names, or `"neighbours"` (their default).
-        coreferences: other names of the same concept.
+        coreferences: other names of the same concept; `"auto"` for those of the base pack's words (or of `candidates`, where it
+            says where from) that the denoiser draws alike.
         method: `"ridge"`, `"uce"`, or one that trains (`"esd"`, `"ap"`, `"age"`); see `diffusers_erase.METHODS`.
         residual: share of the way to the target that is left, in (0, 1); 0.02 (default) is strong, 0.3 mild.
         tokens: which rows to edit: `last` subject token or all of the `name`, `eot`, `pads`, joined by `+`; `all`.
@@ -64,7 +65,7 @@ def erase(
     """
     concepts = _names(concept)
     kept = preserve if preserve == "auto" else tuple(dict.fromkeys(_names(preserve)))
-    others = tuple(dict.fromkeys(_names(coreferences)))
+    others = "auto" if coreferences == "auto" else tuple(dict.fromkeys(_names(coreferences)))
     chosen, settings = method_named(method, options)
     goals = _targets(chosen.target if target is None else target, concepts, several=not isinstance(concept, str))
     if templates is not None:
@@ -94,13 +95,13 @@ def erase(
     reading = defaults | {key: value for key, value in decided.items() if key in given or value}
     plans = targets.choose(encoder, recipe, concepts, goals, kept, candidates, others, **reading)
     made = []
-    for name, (goal, shielded) in zip(concepts, plans, strict=True):
+    for name, plan in zip(concepts, plans, strict=True):
         whole = Task(
             encoder=encoder,
             concept=name,
-            coreferences=others,
-            targets=goal,
-            preserve=shielded,
+            coreferences=plan.coreferences,
+            targets=plan.target,
+            preserve=plan.preserve,
             gate=None if gate is None else Gate(gate),
             pack=stands[TEXT],
             **decided,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ ALIAS = 0.5
 
 NEAREST, SHORTLIST, AMONG, WORST = 3000, 8, 32, 10
 """How many of a vocabulary are compared, and how many at least in context; how many names' damage counts; how many of these are told."""
+
+LOOKED = 32
+"""How many names `coreferences="auto"` asks the denoiser about."""
 
 KEPT = 4
 """How many names `preserve="auto"` preserves."""
@@ -157,6 +160,14 @@ def search_targets(
     return search.ranking(candidates, among, preserve, k, mixture)
 
 
+class Plan(NamedTuple):
+    """What is decided of one concept before anything is solved."""
+
+    target: tuple[str, ...]
+    preserve: tuple[str, ...]
+    coreferences: tuple[str, ...]
+
+
 def choose(
     encoder: Encoder,
     recipe: PackRecipe,
@@ -164,26 +175,37 @@ def choose(
     targets: Sequence[tuple[str, ...] | None],
     preserve: str | Sequence[str],
     candidates: str | Path | Iterable[str] | None,
-    coreferences: Sequence[str] = (),
+    coreferences: str | Sequence[str] = (),
     **reading: Any,
-) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Of each concept its target and what is preserved: where a target is None the best, where `preserve` is "auto" who is hurt most.
+) -> list[Plan]:
+    """Of each concept a plan: where a target is None the best, where `preserve` is "auto" who is hurt most, where `coreferences` is
+    "auto" the names that are drawn alike.
 
     Args:
         reading: tokens, templates and residual, as `erase` has decided them.
     """
-    if None not in targets and preserve != "auto":
-        return [(target, tuple(preserve)) for target in targets if target is not None]
-    chosen = []
-    searches = _searches(encoder, recipe, concepts, coreferences, (), **reading)
+    named = () if coreferences == "auto" else tuple(coreferences)
+    if None not in targets and "auto" not in (preserve, coreferences):
+        return [Plan(target, tuple(preserve), named) for target in targets if target is not None]
+    searches = _searches(encoder, recipe, concepts, named, (), **reading)
+    if coreferences == "auto":
+        source = candidates if isinstance(candidates, (str, Path)) else "everyday"
+        others = [search.drawn_alike(source) for search in searches]
+        everyone = [name for names in others for name in names]
+        searches = [
+            replace(search, own=search.own + own, erased=(*search.erased, *(n for n in everyone if n not in own)))
+            for search, own in zip(searches, others, strict=True)
+        ]
+    plans = []
     for search, target in zip(searches, targets, strict=True):
         if target is None:
             best = search.ranking(candidates or "everyday", None, preserve, 1, 1).options
-            chosen.append((best["target"], best["preserve"]))
+            plans.append(Plan(best["target"], best["preserve"], search.own[1:]))
         else:
             search.check(preserve)
-            chosen.append((target, search.hurt_most(target) if preserve == "auto" else tuple(preserve)))
-    return chosen
+            kept = search.hurt_most(target) if preserve == "auto" else tuple(preserve)
+            plans.append(Plan(target, kept, search.own[1:]))
+    return plans
 
 
 def _searches(
@@ -271,6 +293,16 @@ class Search:
                 return found
             seen.add(best)
             kept = self.hurt_most(best, among)
+
+    def drawn_alike(self, source: str | Path) -> tuple[str, ...]:
+        """Other names of the concept: those that the denoiser answers alike, among the `LOOKED` whose text states lie nearest."""
+        self.check(())
+        found = vocabulary.candidates(self.encoder, self.own[0], source, self.prompts, self.templates)
+        names = [name for name in found if same_name(name) != same_name(self.own[0])]
+        T = vocabulary.table(self.encoder, names, self.roles, BARE, self.on_words)
+        nearest = self._around(T[:0], BARE).distance(T).argsort()[:LOOKED].tolist()
+        scores = 1 - self.guess.distances(self.own[0], [(names[i],) for i in nearest])
+        return tuple(names[i] for i, score in zip(nearest, scores.tolist(), strict=True) if score > self.synonym_max)
 
     def check(self, preserve: str | Sequence[str], among: Sequence[str] | None = None) -> None:
         """Raise unless the names can be read, and none is to be erased and preserved."""

@@ -45,7 +45,11 @@ def test_evaluate_leaves_the_pipe_as_it_was_and_reports(sd1, suite, judges, tmp_
 
 
 def test_adapters_are_tried_alone_against_one_base(sd1, suite, judges, tmp_path):
-    tried = {"to dog": erase(sd1, "cat", target="dog"), "to nothing": erase(sd1, "cat", target="null"), "no edit": None}
+    tried = {
+        "to dog": erase(sd1, "cat", target="dog"),
+        "to nothing": erase(sd1, "cat", target="null"),
+        "no edit": None,
+    }
     report = bench.evaluate(sd1, tried, suite, judges, tmp_path)
     first, second, control = report.trials
     assert [before for before, _ in first.pictures] == [before for before, _ in second.pictures]

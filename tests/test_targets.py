@@ -130,6 +130,19 @@ def test_a_synonym_is_refused_without_a_lexicon(tokenizer, few):
     assert dict(ranking.refused)["wolf"].startswith("a synonym")
 
 
+def test_what_is_drawn_alike_is_erased_too(tokenizer):
+    """And is no target, of its own concept or of another that is erased together with it."""
+    told = {"pack": PACK, "templates": CONTEXTS, "residual": 0.3, "coreferences": "auto"}
+    pipe = twins(tokenizer, "cat", "dog")
+    assert "dog" in erase(pipe, "cat", target="null", **told).recipes[0].coreferences
+    assert (
+        "dog" not in erase(make_pipe(tokenizer), "cat", target="null", **told).recipes[0].coreferences
+    )  # the control
+    both = erase(pipe, ["cat", "boat"], candidates=["dog", "snoopy", "wolf", "pear", "beach"], **told).recipes
+    named = {name for recipe in both for name in recipe.coreferences}
+    assert "dog" in named and not named & {name for recipe in both for name in recipe.targets}
+
+
 def test_a_name_that_another_erasure_moves_is_a_chain(tokenizer):
     """Almost the same state as "dog", which is erased too: whoever is sent to "wolf" would go on."""
     pipe = twins(tokenizer, "dog", "wolf")

@@ -164,3 +164,4 @@ def test_a_search_by_itself_finds_what_is_near_and_drawn_otherwise(emoji, concep
     assert dict(ranking.refused)[paraphrase].startswith("a synonym")
     assert ranking[0].collateral < 0.5 * ranking.null.collateral and ranking[0].synonym < 0.2
     assert paraphrase in {t.names[0] for t in search_targets(emoji, concept, k=3, synonym_max=1.0)}  # the control
+    assert erase(emoji, concept, target="null", coreferences="auto").recipes[0].coreferences == (paraphrase,)

@@ -490,12 +490,16 @@ def choices() -> None:
     """What the search finds for every object, how soon separately made adapters are in each other's way; no picture."""
     pipe, found = world.load(), {}
     kin = world.catalogue()["objects"]
-    print("| concept | found | collateral | the empty prompt's | refused as synonyms |\n|---|---|---|---|---|")
+    known_names, met, beside = 0, 0, []
+    print("| concept | found | collateral | the empty prompt's | other names found |\n|---|---|---|---|---|")
     for concept in world.OBJECTS:
         ranking = search_targets(pipe, concept, k=1)
         found[concept] = ranking[0].names[0]
-        refused = ", ".join(name for name, reason in ranking.refused if reason.startswith("a synonym")) or "none"
-        told = f"{ranking[0].collateral:.1%} | {ranking.null.collateral:.1%} | {refused}"
+        others = erase(pipe, concept, target="null", coreferences="auto").recipes[0].coreferences
+        wanted = [name for name in world.paraphrases(concept) if " " not in name]
+        known_names, met = known_names + len(wanted), met + len(set(wanted) & set(others))
+        beside += [f"{name} ({concept})" for name in others if name not in wanted]
+        told = f"{ranking[0].collateral:.1%} | {ranking.null.collateral:.1%} | {', '.join(others) or 'none'}"
         print(f"| {concept} | {found[concept]} | {told} |", flush=True)
     known = {c: t for c, t in found.items() if t in kin}
     related = [kin[c]["subgroup"] == kin[t]["subgroup"] for c, t in known.items()]
@@ -505,6 +509,9 @@ def choices() -> None:
     )
     print(f"\nsent to another object: {len(known)} of {len(found)}, {sum(related)} of them of the same kind")
     print(f"random sets of 5 in which one is sent to another: {clash / sets:.0%}")
+    print(
+        f"coreferences='auto' found {met} of {known_names} known paraphrases of one word, and beside them {', '.join(beside) or 'none'}"
+    )
 
 
 def synonyms() -> None:
