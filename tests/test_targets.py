@@ -138,7 +138,7 @@ def test_what_is_drawn_alike_is_erased_too(tokenizer):
     assert (
         "dog" not in erase(make_pipe(tokenizer), "cat", target="null", **told).recipes[0].coreferences
     )  # the control
-    both = erase(pipe, ["cat", "boat"], candidates=["dog", "snoopy", "wolf", "pear", "beach"], **told).recipes
+    both = erase(pipe, ["cat", "boat"], candidates=WORDS, **told).recipes
     named = {name for recipe in both for name in recipe.coreferences}
     assert "dog" in named and not named & {name for recipe in both for name in recipe.targets}
 
