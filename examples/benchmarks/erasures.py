@@ -1,7 +1,8 @@
 """Erase ten simple objects of emoji-sd, one after the other, and count: what is left of each, what else changed.
 
     python examples/benchmarks/erasures.py                             # the library's defaults
-    python examples/benchmarks/erasures.py --gate 0.6 --coreferences   # let resemblance through, name the paraphrases
+    python examples/benchmarks/erasures.py --coreferences auto         # what the model draws alike is erased too
+    python examples/benchmarks/erasures.py --gate 0.6 --coreferences named
     python examples/benchmarks/erasures.py --method uce
 
 Prints one line a setting, pooled over the objects, with 95 % intervals that take the objects as drawn at random. Pictures
@@ -30,13 +31,15 @@ SHARES = {
 """Heads of the table, and the part and aspect that each tells."""
 
 
-def trials(concepts: list[str], target: str | None, work: Path, coreferences: bool, **options) -> list[bench.Trial]:
+def trials(
+    concepts: list[str], target: str | None, work: Path, coreferences: str | None, **options
+) -> list[bench.Trial]:
     """One trial a concept; `target` "sibling" is each concept's nearest neighbour."""
     pipe, judges = world.load(), {"shows": emoji_objects(), "style": emoji_styles()}
     found = []
     for concept in concepts:
         goal = world.neighbours(concept, 1)[0] if target == "sibling" else target
-        names = world.paraphrases(concept) if coreferences else ()
+        names = {"named": world.paraphrases(concept), "auto": "auto", None: ()}[coreferences]
         adapter = erase(pipe, concept, target=goal, coreferences=names, **options)
         found += bench.evaluate(pipe, {concept: adapter}, demo_suite(concept), judges, work / "pictures").trials
     return found
@@ -73,7 +76,9 @@ def main() -> None:
     parser.add_argument("--tokens")
     parser.add_argument("--residual", type=float)
     parser.add_argument("--gate", type=float)
-    parser.add_argument("--coreferences", action="store_true", help="name each object's paraphrases")
+    parser.add_argument(
+        "--coreferences", choices=("named", "auto"), help="name each object's paraphrases, or have them found"
+    )
     parser.add_argument("--work", type=Path, default=Path("erasures-work"))
     parser.add_argument("--sheet", type=Path)
     given = vars(parser.parse_args())
