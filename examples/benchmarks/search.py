@@ -2,8 +2,8 @@
 
     python examples/benchmarks/search.py [--candidates 3000] [--threads 1]
 
-Prints a table: CPU seconds, which other jobs do not stretch, and the ratio to the loop, which is measured on some of the
-candidates and scaled.
+Prints a table: seconds, CPU seconds, which other jobs do not stretch, and the ratio to the loop, which is measured on some of
+the candidates and scaled.
 Rows are random; both compute the same numbers, and the script stops if they differ by more than 1e-9.
 """
 
@@ -64,13 +64,19 @@ def one_by_one(view: Surroundings, pack: Pack, T: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def seconds(work: Callable[[], Tensor], rounds: int) -> list[float]:
-    taken = []
+def seconds(work: Callable[[], Tensor], rounds: int, scale: float = 1) -> list[list[float]]:
+    """Seconds and CPU seconds of each round."""
+    taken: list[list[float]] = [[], []]
     for _ in range(rounds):
-        start = time.process_time()
+        start = time.perf_counter(), time.process_time()
         work()
-        taken.append(time.process_time() - start)
+        for some, now, before in zip(taken, (time.perf_counter(), time.process_time()), start, strict=True):
+            some.append((now - before) * scale)
     return taken
+
+
+def cell(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def main() -> None:
@@ -86,15 +92,14 @@ def main() -> None:
     if error > 1e-9:
         raise SystemExit(f"the two differ by {error:.1e} of the damage")
     ours = seconds(lambda: together(view, T), 5)
-    loop = [s / len(some) * len(T) for s in seconds(lambda: one_by_one(view, pack, some), 3)]
-    fast, slow = statistics.median(ours), statistics.median(loop)
+    loop = seconds(lambda: one_by_one(view, pack, some), 3, len(T) / len(some))
+    told = f"{options.candidates:,} candidates, {AMONG} names, {ROLES} token roles, d = {WIDTH}, {options.threads} threads"
+    print(f"{told}; largest difference {error:.0e}\n\n| | seconds (fastest–slowest) | CPU seconds |\n|---|---|---|")
+    print(f"| together | {' | '.join(map(cell, ours))} |")
+    print(f"| one by one, from {len(some)} | {' | '.join(map(cell, loop))} |")
     print(
-        f"{options.candidates:,} candidates, {AMONG} names, {ROLES} token roles, d = {WIDTH}, {options.threads} threads; "
+        f"| ratio | {' | '.join(f'{statistics.median(b) / statistics.median(a):.0f}' for a, b in zip(ours, loop, strict=True))} |"
     )
-    print(f"largest difference {error:.0e}\n\n| | CPU seconds (fastest–slowest) |\n|---|---|")
-    print(f"| together | {fast:.2f} ({min(ours):.2f}–{max(ours):.2f}) |")
-    print(f"| one by one, from {len(some)} | {slow:.1f} ({min(loop):.1f}–{max(loop):.1f}) |")
-    print(f"| ratio | {slow / fast:.0f} |")
 
 
 if __name__ == "__main__":

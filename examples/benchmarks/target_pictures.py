@@ -387,9 +387,8 @@ def paired_table(entries: list[dict[str, Any]], first: str = "empty") -> None:
                 continue
             one, two, concepts = zip(*pairs, strict=True)
             d = paired_bootstrap(one, two, concepts).difference
-            cells.append(
-                f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}], × {np.mean(two) / max(np.mean(one), 1e-9):.2f}"
-            )
+            times = f", × {np.mean(two) / np.mean(one):.2f}" if np.mean(one) > 1e-9 else ""
+            cells.append(f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{times}")
         print(f"| {kind} | {' | '.join(cells)} |")
 
 
