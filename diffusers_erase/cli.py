@@ -148,13 +148,11 @@ def targets(
             erased=erased or (), mixture=mixture, pack=pack,
             on_words=lambda done, total: reading.update(f"reading names: {done:,} of {total:,}"),
         )  # fmt: skip
-    table = Table("target", "collateral", "confusion", "worst", "synonym", "related", box=None, pad_edge=False)
+    table = Table("target", "collateral", "hurts most", "synonym", "related", box=None, pad_edge=False)
     for target in (*ranking, ranking.null):
-        worst = ", ".join(f"{name} {damage:.1%}" for name, damage in target.hurt[:3])
-        table.add_row(
-            " + ".join(target.names) or "(the empty prompt)", f"{target.collateral:.2%}", f"{target.confusion:.2%}", worst,
-            f"{target.synonym:.2f}", f"{target.relatedness:.2f}",
-        )  # fmt: skip
+        worst = ", ".join(f"{name} {damage:.0%}" for name, damage in target.hurt[:2])
+        name = " + ".join(target.names) or "(the empty prompt)"
+        table.add_row(name, f"{target.collateral:.1%}", worst, f"{target.synonym:.2f}", f"{target.relatedness:.2f}")
     out.print(table)
     if ranking.preserve:
         out.print(f"preserved: {', '.join(ranking.preserve)}")

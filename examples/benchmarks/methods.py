@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ridge, null": {"target": "null"},
     "ridge, generic": {"target": "generic"},
     "ridge, auto": {"target": "auto"},
+    "ridge, auto, coreferences too": {"target": "auto", "coreferences": "auto"},
     "ridge, AGE's target": {"target": "learned"},
     "ESD": {"method": "esd"} | BUDGET,
     "AP": {"method": "ap", "candidates": "near"} | BUDGET,
