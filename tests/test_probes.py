@@ -8,7 +8,7 @@ import pytest
 import torch
 from attaching import adapter, all_bits, by_hand, error, look
 from conftest import make_pipe, sample
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -364,8 +364,8 @@ def test_unknown_answers_lower_coverage_and_are_never_clean(erased):
 def test_strongest_pictures_are_kept_with_their_unedited_twins(erased, tmp_path):
     result = run("wording", erased, folder=tmp_path)
     assert result.examples
-    for example in result.examples:
-        for file in (example.picture, example.unedited):
+    for shown in result.examples:
+        for file in (shown.picture, shown.unedited):
             with Image.open(tmp_path / file) as picture:
                 assert picture.size == (16, 16)
     seen = [example.seen for example in result.examples]
@@ -397,6 +397,7 @@ def test_the_verdict_follows_the_intervals(back, control, chance, verdict):
 
 
 @given(st.integers(0, 400), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2))
+@example(12, 3, 3, 2)
 def test_no_plan_goes_beyond_its_pictures(pictures, aimed, unaimed, first):
     plan = _plan(pictures, aimed, unaimed, first)
     assert (plan is None) == (pictures < FEWEST)

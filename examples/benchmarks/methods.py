@@ -1,7 +1,8 @@
 """Closed forms and methods that train on emoji-sd: what is left, what is hurt, what it costs; paired by seed.
 
     python examples/benchmarks/methods.py run --objects 4          # 4 objects and 2 styles; the rest another time
-    python examples/benchmarks/methods.py table                    # the table of docs/training.md
+    python examples/benchmarks/methods.py probes --objects 1       # attacks on every method's erasure of the first object
+    python examples/benchmarks/methods.py table                    # the tables of docs/training.md
 
 Each line of `results.jsonl` in --work is one method on one concept; what is there is not done again, so a killed run goes on.
 Concepts are gone through in turn, each with all methods. Trained methods get a budget (BUDGET), the same for all. Pictures of the
@@ -18,10 +19,11 @@ from typing import Any
 import paired
 import torch
 
-from diffusers_erase import ErasureAdapter, erase, world
+from diffusers_erase import ErasureAdapter, erase, load_erasure, unload_erasure, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.measures import clip_score
 from diffusers_erase.bench.metrics import Mean, Share, clustered
+from diffusers_erase.bench.probes import PROBES, Setting
 
 OBJECTS = ("butterfly", "guitar", "hamburger", "owl", "airplane", "rose", "cat", "banana", "crown", "moon")
 RESULTS = "results.jsonl"
@@ -44,6 +46,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "AGE": {"method": "age", "candidates": "near"} | BUDGET,
     "AGE, as released": {"method": "age", "candidates": "near", "released": True} | BUDGET,
 }
+ATTACKS: dict[str, dict[str, Any]] = {
+    "completion": {"shares": (0.3, 0.5)},
+    "concept-vector": {"scales": (1.0, 3.0), "population": 16, "generations": 15},
+    "inversion": {"tokens": (2,), "pictures": 4, "updates": 40},
+}
+"""Probes and their options: the first steps unedited, prompts searched without the name, and a learned word."""
+PROBE_BUDGET = 1200
+PROBED = "probes.jsonl"
 LAST = ("ridge, AGE's target",)
 """Done after the others of a concept: it needs what AGE has learned."""
 
@@ -126,6 +136,48 @@ def run(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
             )
 
 
+def probe(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
+    """Try to bring each concept back from each method's erasure; what is not in the results yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    pipe, judge = world.load(), world.judge()
+    for concept in concepts:
+        setting = Setting(
+            templates=tuple(world.prompt("{}", style) for style in world.STYLES),
+            names=tuple(world.paraphrases(concept)),
+            steps=world.STEPS,
+            guidance=world.GUIDANCE,
+            batch=16,
+        )
+        for name in methods:
+            if any((e["method"], e["concept"]) == (name, concept) for e in paired.read(work / PROBED)):
+                continue
+            load_erasure(pipe, make(pipe, name, concept, work), residual_max=None)
+            entry: dict[str, Any] = {"method": name, "concept": concept}
+            for kind, options in ATTACKS.items():
+                found = PROBES[kind](
+                    pipe, concept, lambda pictures, c=concept: [o == c for o in judge.objects(pictures)], PROBE_BUDGET,
+                    setting=setting, folder=work / "probes" / concept / name / kind, **options,
+                )  # fmt: skip
+                entry[kind] = {share: found.to_json()[share] for share in ("came_back", "control", "chance")}
+            unload_erasure(pipe)
+            paired.keep(work / PROBED, entry)
+            print(concept, name, entry, flush=True)
+
+
+def probe_table(work: Path) -> None:
+    """A Markdown table: what each attack brought back from each method's erasure, pooled over the concepts."""
+    entries = paired.read(work / PROBED)
+    print(f"\n{', '.join(dict.fromkeys(e['concept'] for e in entries))}:\n\n| method | {' | '.join(ATTACKS)} |")
+    print("|---" * (len(ATTACKS) + 1) + "|")
+    for name in (name for name in METHODS if any(e["method"] == name for e in entries)):
+        cells = []
+        for kind in ATTACKS:
+            told = [e[kind]["came_back"] for e in entries if e["method"] == name]
+            hits, n = sum(round((t["value"] or 0) * t["n"]) for t in told), sum(t["n"] for t in told)
+            cells.append(str(Share(hits, n).estimate()))
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def table(work: Path) -> None:
     """A Markdown table for objects, and one for styles; intervals are bootstrapped by concept."""
     for styles in (False, True):
@@ -155,7 +207,7 @@ def table(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("run", "table"))
+    parser.add_argument("stage", choices=("run", "probes", "table"))
     parser.add_argument("--work", type=Path, default=Path("methods-work"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--objects", type=int, default=len(OBJECTS))
@@ -163,9 +215,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="only these")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.stage == "probes":
+        probe(options.work, OBJECTS[: options.objects], options.methods)
+        return probe_table(options.work)
     if options.stage == "run":
         run(options.work, (*OBJECTS[: options.objects], *list(STYLES)[: options.styles]), options.methods)
     table(options.work)
+    probe_table(options.work)
 
 
 if __name__ == "__main__":

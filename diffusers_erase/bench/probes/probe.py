@@ -173,9 +173,11 @@ class Plan(NamedTuple):
 def _plan(pictures: int, aimed: int, unaimed: int, first: int = 0) -> Plan | None:
     """A quarter of the pictures for choosing on each side, what is left for measuring; None where they are too few."""
 
+    quarter = (pictures - first) // 4  # what is drawn first is not chosen by
+
     def side(ways: int) -> tuple[int, int]:
-        kept = min(ways, pictures // 4) if ways > 1 else 1
-        return kept, pictures // 4 // max(1, kept) if ways > 1 else 0
+        kept = min(ways, quarter) if ways > 1 else 1
+        return kept, quarter // max(1, kept) if ways > 1 else 0
 
     (a, sa), (u, su) = side(aimed), side(unaimed)
     seeds = (pictures - a * sa - u * su - first * max(sa, su)) // (3 + first)
