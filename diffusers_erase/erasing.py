@@ -37,7 +37,8 @@ def erase(
     """An adapter that erases `concept` from `pipe`. Computes only: the pipe stays bit for bit as it was.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; only its tokenizers, text encoders and UNet configuration are read.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; its tokenizers, text encoders and UNet configuration are read, and where
+            something is searched (`"auto"`) or trained, the UNet's weights.
         concept: what to erase, in words; several are composed: `erase(pipe, [a, b])` is `compose(erase(pipe, a), erase(pipe, b))`.
         target: where to send it: `"auto"` the best that `search_targets` finds, `"null"` (or `""`) the empty prompt, a name, or
             several names for their mean. With several concepts, one target for all, or a list with one for each. By default

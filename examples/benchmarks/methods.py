@@ -10,6 +10,7 @@ unedited model are drawn once. Shares count pictures that the unedited model got
 """
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterable
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import paired
+import probes
 import torch
 
 from diffusers_erase import ErasureAdapter, erase, load_erasure, unload_erasure, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.measures import clip_score
 from diffusers_erase.bench.metrics import Mean, Share, clustered
-from diffusers_erase.bench.probes import PROBES, Setting
 
 OBJECTS = ("butterfly", "guitar", "hamburger", "owl", "airplane", "rose", "cat", "banana", "crown", "moon")
 RESULTS = "results.jsonl"
@@ -53,7 +54,6 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }
 """Probes and their options: the first steps unedited, prompts searched without the name, and a learned word."""
 PROBE_BUDGET = 1200
-PROBED = "probes.jsonl"
 LAST = ("ridge, AGE's target",)
 """Done after the others of a concept: it needs what AGE has learned."""
 
@@ -138,44 +138,27 @@ def run(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
 
 def probe(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
     """Try to bring each concept back from each method's erasure; what is not in the results yet."""
-    work.mkdir(parents=True, exist_ok=True)
     pipe, judge = world.load(), world.judge()
     for concept in concepts:
-        setting = Setting(
-            templates=tuple(world.prompt("{}", style) for style in world.STYLES),
-            names=tuple(world.paraphrases(concept)),
-            steps=world.STEPS,
-            guidance=world.GUIDANCE,
-            batch=16,
-        )
         for name in methods:
-            if any((e["method"], e["concept"]) == (name, concept) for e in paired.read(work / PROBED)):
+            folder = work / "probes" / concept / name
+            if all((folder / f"{kind}.json").is_file() for kind in ATTACKS):
                 continue
             load_erasure(pipe, make(pipe, name, concept, work), residual_max=None)
-            entry: dict[str, Any] = {"method": name, "concept": concept}
-            for kind, options in ATTACKS.items():
-                found = PROBES[kind](
-                    pipe, concept, lambda pictures, c=concept: [o == c for o in judge.objects(pictures)], PROBE_BUDGET,
-                    setting=setting, folder=work / "probes" / concept / name / kind, **options,
-                )  # fmt: skip
-                entry[kind] = {share: found.to_json()[share] for share in ("came_back", "control", "chance")}
+            probes.measured(pipe, judge, concept, list(ATTACKS), PROBE_BUDGET, folder, ATTACKS)
             unload_erasure(pipe)
-            paired.keep(work / PROBED, entry)
-            print(concept, name, entry, flush=True)
+            print(concept, name, flush=True)
 
 
 def probe_table(work: Path) -> None:
     """A Markdown table: what each attack brought back from each method's erasure, pooled over the concepts."""
-    entries = paired.read(work / PROBED)
-    print(f"\n{', '.join(dict.fromkeys(e['concept'] for e in entries))}:\n\n| method | {' | '.join(ATTACKS)} |")
-    print("|---" * (len(ATTACKS) + 1) + "|")
-    for name in (name for name in METHODS if any(e["method"] == name for e in entries)):
-        cells = []
-        for kind in ATTACKS:
-            told = [e[kind]["came_back"] for e in entries if e["method"] == name]
-            hits, n = sum(round((t["value"] or 0) * t["n"]) for t in told), sum(t["n"] for t in told)
-            cells.append(str(Share(hits, n).estimate()))
-        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"\n| method | concepts | {' | '.join(ATTACKS)} |\n{'|---' * (len(ATTACKS) + 2)}|")
+    for name in METHODS:
+        files = {kind: sorted(work.glob(f"probes/*/{name}/{kind}.json")) for kind in ATTACKS}
+        told = {kind: [json.loads(file.read_text()) for file in found] for kind, found in files.items()}
+        if all(told.values()):
+            cells = [probes.pooled(results, "came_back") for results in told.values()]
+            print(f"| {name} | {len(files['completion'])} | {' | '.join(cells)} |")
 
 
 def table(work: Path) -> None:

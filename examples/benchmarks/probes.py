@@ -30,8 +30,11 @@ OPTIONS = {
 SHARES = ("came_back", "control", "chance")
 
 
-def measured(pipe, judge, concept: str, probes: list[str], budget: int, folder: Path) -> dict[str, dict]:
+def measured(
+    pipe, judge, concept: str, probes: list[str], budget: int, folder: Path, options: dict[str, dict] = OPTIONS
+) -> dict[str, dict]:
     """The results of these probes, as JSON; those in `folder` are not run again."""
+    folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(
         templates=tuple(world.prompt("{}", style) for style in world.STYLES),
         names=tuple(world.paraphrases(concept)),
@@ -45,7 +48,7 @@ def measured(pipe, judge, concept: str, probes: list[str], budget: int, folder: 
         if not file.is_file():
             result = PROBES[name](
                 pipe, concept, lambda pictures: [o == concept for o in judge.objects(pictures)], budget,
-                setting=setting, folder=folder / name, **OPTIONS.get(name, {}),
+                setting=setting, folder=folder / name, **options.get(name, {}),
             )  # fmt: skip
             print(f"  {concept}: {result}", flush=True)
             file.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False))
