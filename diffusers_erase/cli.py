@@ -144,7 +144,7 @@ def targets(
     pipe = _pipeline(model)
     with out.status("reading names") as reading:
         ranking = search_targets(
-            pipe, concept, _candidates(candidate) or "everyday", k=k, coreferences=coreference or (), preserve=_listed(preserve),
+            pipe, concept, _candidates(candidate) or "everyday", k=k, coreferences=_listed(coreference), preserve=_listed(preserve),
             erased=erased or (), mixture=mixture, pack=pack,
             on_words=lambda done, total: reading.update(f"reading names: {done:,} of {total:,}"),
         )  # fmt: skip
@@ -154,6 +154,8 @@ def targets(
         name = " + ".join(target.names) or "(the empty prompt)"
         table.add_row(name, f"{target.collateral:.1%}", worst, f"{target.synonym:.2f}", f"{target.relatedness:.2f}")
     out.print(table)
+    if ranking.coreferences:
+        out.print(f"erased too: {', '.join(ranking.coreferences)}")
     if ranking.preserve:
         out.print(f"preserved: {', '.join(ranking.preserve)}")
     for name, reason in ranking.refused:

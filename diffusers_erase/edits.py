@@ -53,6 +53,35 @@ def same_name(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
+def names_of(given: str | Iterable[str], *, once: bool = True) -> tuple[str, ...]:
+    """Names as they were given, each once; a text is one name. Whether it can be read, `Encoder.check_name` says.
+
+    Raises:
+        EraseError: no names, or a word among them that stands for something else.
+    """
+    if not isinstance(given, Iterable):
+        raise EraseError(f"a name is a text such as 'Van Gogh', names are a list of texts: got {given!r}")
+    if isinstance(given, str):
+        return (given.strip(),)
+    names = tuple(name.strip() if isinstance(name, str) else name for name in given)
+    if reserved := [name for name in names if name in RESERVED]:
+        raise EraseError(
+            f"{reserved[0]!r} is no name and stands alone: give it instead of the list, or names without it"
+        )
+    return tuple(dict.fromkeys(names)) if once else names
+
+
+def check_residual(residual: float) -> None:
+    """Raise unless `residual` is a share that can be left."""
+    if not 0 < residual < 1:
+        raise EraseError(
+            f"residual is the share of the concept that is left, between 0 and 1, such as 0.02: got {residual}"
+        )
+
+
+RESERVED = ("auto", "null")
+"""What is said instead of names: they are searched for, or the empty prompt is meant."""
+
 MANY = 512
 """Beyond so many rows a set is solved by taking rows out of a larger one that is solved already, where there is one."""
 

@@ -1,6 +1,6 @@
 """`erase`: from a pipeline and a name to an adapter, in one screen."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,12 +10,15 @@ import torch
 
 from . import hub, methods, packs, targets  # noqa: F401 - importing the methods registers them
 from .adapter import ErasureAdapter, Recipe, compose
-from .edits import Gate, same_name
-from .errors import EraseError
+from .edits import Gate, check_residual, names_of, same_name
+from .errors import ConflictError, EraseError
 from .mapping import effect
 from .sites import TEXT
 from .task import Method, Task, method_named
 from .text import TEMPLATES, Encoder, PackRecipe, check_templates, roles_of
+
+READ = {"residual": 0.02, "tokens": "last+eot"}
+"""How names are read and moved unless told; contexts are the base pack's."""
 
 
 def erase(
@@ -64,55 +67,48 @@ def erase(
         >>> adapter = erase(pipe, "Van Gogh", target="a painter")
         >>> adapter.save_pretrained("erase-van-gogh")
     """
-    concepts = _names(concept)
-    kept = preserve if preserve == "auto" else tuple(dict.fromkeys(_names(preserve)))
-    others = "auto" if coreferences == "auto" else tuple(dict.fromkeys(_names(coreferences)))
+    concepts = names_of(concept, once=False)
+    kept = "auto" if preserve == "auto" else names_of(preserve)
+    others = "auto" if coreferences == "auto" else names_of(coreferences)
     chosen, settings = method_named(method, options)
     goals = _targets(chosen.target if target is None else target, concepts, several=not isinstance(concept, str))
-    if templates is not None:
-        check_templates(templates)
-    asked = {"residual": residual, "tokens": tokens, "templates": templates and tuple(templates)}
-    whatever = asked | {"gate": gate, "pack": pack}
-    if clash := [
-        key for key, value in whatever.items() if key in chosen.fixed and value not in (None, chosen.fixed[key])
-    ]:
-        raise EraseError(f"method {method!r} decides {clash[0]} itself: leave it out, or use method='ridge'")
-    if residual is not None and not 0 < residual < 1:
-        raise EraseError(
-            f"residual is the share of the concept that is left, between 0 and 1, such as 0.02: got {residual}"
-        )
-    if gate is not None and not 0 < gate < 1:
-        raise EraseError(
-            f"gate is the resemblance below which the edit lets go, between 0 and 1, such as 0.7: got {gate}"
-        )
+    _check_request(chosen, residual, tokens, templates, gate, pack)
+    looked_in = None in goals or kept == "auto" or (others == "auto" and isinstance(candidates, (str, Path)))
     if candidates is not None and "candidates" in chosen.options:
         settings["candidates"] = candidates
+    elif candidates is not None and not looked_in:
+        raise EraseError("nothing is searched among these candidates: say target='auto', or leave them out")
     encoder = Encoder(pipe)
     recipe = packs.recipe_of(pipe, pack)
-    defaults = {"residual": 0.02, "tokens": "last+eot", "templates": recipe.templates}
-    given = {key: value for key, value in asked.items() if value is not None}
-    decided = defaults | given | {key: value for key, value in chosen.fixed.items() if key in defaults}
+    asked = {"residual": residual, "tokens": tokens, "templates": templates and tuple(templates)}
+    reading: dict[str, Any] = READ | {"templates": recipe.templates}
+    reading |= {key: value for key, value in asked.items() if value is not None}
+    decided = reading | {key: value for key, value in chosen.fixed.items() if key in reading}
+    searched = {key: value or reading[key] for key, value in decided.items()}  # where a method has none of its own
+    plans = targets.choose(encoder, recipe, concepts, goals, kept, candidates, others, **searched)
     stands = {space: cache(partial(packs.pack_on, encoder, recipe, space)) for space in encoder.widths}
-    reading = defaults | {key: value for key, value in decided.items() if key in given or value}
-    plans = targets.choose(encoder, recipe, concepts, goals, kept, candidates, others, **reading)
-    made = []
-    for name, plan in zip(concepts, plans, strict=True):
-        whole = Task(
+    whole = [
+        Task(
             encoder=encoder,
-            concept=name,
+            concept=plan.concept,
             coreferences=plan.coreferences,
             targets=plan.target,
             preserve=plan.preserve,
+            erased=tuple(n for other in plans if other is not plan for n in (other.concept, *other.coreferences)),
             gate=None if gate is None else Gate(gate),
             pack=stands[TEXT],
             **decided,
         )
-        _check(whole)
+        for plan in plans
+    ]
+    _check(whole)
+    made = []
+    for task in whole:
         if chosen.training is not None:
-            made.append(_learned(pipe, whole, chosen, settings))
-            continue
-        tasks = {space: replace(whole, space=space, pack=pack) for space, pack in stands.items()}
-        made.append(_adapter(tasks, chosen, settings, hub.model_name(pipe)))
+            made.append(_learned(pipe, task, chosen, settings))
+        else:
+            tasks = {space: replace(task, space=space, pack=pack) for space, pack in stands.items()}
+            made.append(_adapter(tasks, chosen, settings, hub.model_name(pipe)))
     return made[0] if len(made) == 1 else compose(*made)
 
 
@@ -153,11 +149,33 @@ def _learned(pipe: Any, task: Task, method: Method, settings: dict[str, Any]) ->
     )
 
 
-def _names(given: str | Iterable[str]) -> tuple[str, ...]:
-    if not isinstance(given, Iterable):
-        raise EraseError(f"a name is a text such as 'Van Gogh', names are a list of texts: got {given!r}")
-    names = (given,) if isinstance(given, str) else tuple(given)
-    return tuple(name.strip() if isinstance(name, str) else name for name in names)
+def _check_request(
+    method: Method,
+    residual: float | None,
+    tokens: str | None,
+    templates: Sequence[str] | None,
+    gate: float | None,
+    pack: Any,
+) -> None:
+    """Raise on numbers and contexts that make no sense, and on what the method decides itself."""
+    if templates is not None:
+        check_templates(templates)
+    asked = {
+        "residual": residual,
+        "tokens": tokens,
+        "templates": templates and tuple(templates),
+        "gate": gate,
+        "pack": pack,
+    }
+    for name, value in asked.items():
+        if name in method.fixed and value not in (None, method.fixed[name]):
+            raise EraseError(f"method {method.name!r} decides {name} itself: leave it out, or use method='ridge'")
+    if residual is not None:
+        check_residual(residual)
+    if gate is not None and not 0 < gate < 1:
+        raise EraseError(
+            f"gate is the resemblance below which the edit lets go, between 0 and 1, such as 0.7: got {gate}"
+        )
 
 
 def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tuple[str, ...] | None]:
@@ -169,10 +187,20 @@ def _targets(target: Any, concepts: tuple[str, ...], several: bool) -> list[tupl
         raise EraseError(
             f"{len(concepts)} concepts but {len(each)} targets: give one target, or a list with one for each concept"
         )
-    return [None if goal == "auto" else () if goal in ("null", "") else _names(goal) for goal in each]
+    return [None if goal == "auto" else () if goal in ("null", "") else names_of(goal) for goal in each]
 
 
-def _check(task: Task) -> None:
+def _check(tasks: Sequence[Task]) -> None:
+    """Raise unless every task makes sense, and none sends its concept to one that another erases."""
+    for task in tasks:
+        _check_names(task)
+        if both := [target for target in task.targets if same_name(target) in map(same_name, task.erased)]:
+            raise ConflictError(
+                f"{task.concept!r} would be sent to {both[0]!r}, which is erased too: choose another target, or let it be searched"
+            )
+
+
+def _check_names(task: Task) -> None:
     for name in (task.concept, *task.coreferences, *task.targets, *task.preserve):
         task.encoder.check_name(name)
     if same_name(task.concept) in map(same_name, task.coreferences):

@@ -27,8 +27,10 @@ from .bench.suites import Prompt, Settings, Suite
 from .erasing import erase
 from .errors import EraseError
 from .outlook import squared
-from .sites import TEXT
+from .sites import TEXT, text_readers
+from .status import registry_of
 from .targets import readout
+from .task import method_named
 from .text import Encoder, roles_of
 from .verbs import load_erasure, unload_erasure
 
@@ -190,13 +192,25 @@ def concept_graph(
         contexts, seeds, settings: what is drawn of each name, and how.
         folder: where pictures are kept; those that are there are not drawn again.
         on_name: called with 1 after each name, for progress.
-        options: of `erase`.
+        options: of `erase`, without a gate; the method is a closed form.
+
+    Raises:
+        EraseError: names, groups or options that make no sense; or pictures are asked for while an erasure is loaded.
     """
     names = tuple(names)
     if len(names) < 2 or len(set(names)) < len(names):
         raise EraseError(f"a concept graph has at least two names, each once: got {', '.join(names) or 'none'}")
     if groups is not None and len(groups) != len(names):
         raise EraseError(f"groups has one for each name: got {len(groups)} for {len(names)} names")
+    method, _ = method_named(options.get("method", "ridge"), {})
+    if method.training is not None or options.get("gate") is not None:
+        raise EraseError(
+            f"a concept graph predicts what closed forms without a gate do: got {method.name!r}, gate {options.get('gate')}"
+        )
+    if measure and registry_of(text_readers(pipe)) is not None:
+        raise EraseError(
+            "a concept graph is measured on the model alone: call unload_erasure() first, and load them again after it"
+        )
     predict = _predictor(pipe, names, options)
     prompts = [Prompt(c.replace("{}", n), seed, n) for n in names for c in contexts for seed in seeds]
     suite = Suite("graph", "1", "names", "", tuple(prompts), {}, settings or Settings(50, 7.5))

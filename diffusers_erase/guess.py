@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import EraseError
 from .sites import POOLED, TEXT, latent_shape, text_arguments, text_readers, twin
 from .text import Encoder
 
@@ -21,6 +22,9 @@ NOISES = 2
 
 BATCH = 16
 """Forwards at a time."""
+
+ALIKE = 1e-5
+"""Two answers that are nearer than this, as a share of their length, are one but for rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +44,23 @@ class FirstGuess:
         """`[n]`: ‖ε(z, target) − ε(z, concept)‖ as a share of ‖ε(z, ∅) − ε(z, concept)‖ over all noises; 0 is the same picture.
 
         Raises:
-            EraseError: a denoiser that cannot be asked: an inpainting model, quantised weights, or weights that are not in memory.
+            EraseError: a denoiser that cannot be asked (an inpainting model, quantised weights, weights that are not in memory, a
+                scheduler without DDPM's times), or that answers with what is no number, or to the name as to none.
         """
         nothing, own, *answers = self._answers([(), (concept,), *targets])
-        whole = (nothing - own).norm().clamp_min(1e-12)
-        return torch.stack([(answer - own).norm() / whole for answer in answers]).double()
+        whole = (nothing - own).norm()
+        if not whole > ALIKE * own.norm():  # NaN too
+            raise EraseError(
+                f"the denoiser answers {concept!r} as the empty prompt, or not by numbers ({float(whole):.2g} apart), so what it draws "
+                f"alike cannot be told: name the target and the coreferences, or use float32 weights"
+            )
+        found = torch.tensor([float((answer - own).norm() / whole) for answer in answers], dtype=torch.float64)
+        if not found.isfinite().all():
+            name = " + ".join(targets[int(found.isfinite().logical_not().nonzero()[0])])
+            raise EraseError(
+                f"the denoiser's answer to {name!r} is no number: use float32 or bfloat16 weights, or name the target"
+            )
+        return found
 
     def _answers(self, asked: Sequence[tuple[str, ...]]) -> list[Tensor]:
         """Of each `[noises, c, h, w]`, float32 on the CPU."""
@@ -71,7 +87,10 @@ class FirstGuess:
 
     @cached_property
     def _unet(self) -> Any:
-        unet = twin(next(iter(text_readers(self.encoder.pipe).values())))
+        pipe = self.encoder.pipe
+        unet: Any = twin(next(iter(text_readers(pipe).values()))).to(
+            pipe._execution_device
+        )  # where offloaded weights work, too
         like = next(unet.parameters())
         # A CPU computes in half precision slowly, or not at all.
         return unet.float() if like.device.type == "cpu" and like.dtype == torch.float16 else unet
@@ -83,4 +102,10 @@ class FirstGuess:
     @property
     def _start(self) -> int:
         """The time at which latents are pure noise."""
-        return self.encoder.pipe.scheduler.config.get("num_train_timesteps", 1000) - 1
+        scheduler = self.encoder.pipe.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise EraseError(
+                f"the denoiser is asked at the last of DDPM's times, which a {type(scheduler).__name__} does not count: search with the "
+                f"model's own scheduler of noise or v prediction, or name the target"
+            )
+        return len(scheduler.alphas_cumprod) - 1

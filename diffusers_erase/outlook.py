@@ -92,6 +92,8 @@ class Surroundings:
 
     concept: Tensor
     """`[r, d]`"""
+    others: Tensor
+    """`[c, r, d]`, other names of the concept, which are sent to the same target; c may be 0."""
     names: Tensor
     """`[m, r, d]`"""
     empty: Tensor
@@ -113,8 +115,9 @@ class Surroundings:
         fixed = self.preserved.flatten(0, 1).expand(len(T), -1, -1)
         P = torch.cat([T.flatten(1, 2), fixed], dim=1) if self.shield else fixed
         hold = solve.holding(P, P @ self.inverse, self.hold)
-        Q = self.names.flatten(0, 1)
-        return outlook(self.concept, T.mean(1), P, hold, Q, self.inverse, self.residual)
+        own = torch.cat([self.concept, self.others.flatten(0, 1)])
+        goals = T.mean(1).repeat(1, 1 + len(self.others), 1)
+        return outlook(own, goals, P, hold, self.names.flatten(0, 1), self.inverse, self.residual)
 
     def damage(self, found: Outlook) -> Tensor:
         """`[N, m]`: how far each name's keys and values move, as a share of the way to the empty prompt, mean over roles."""

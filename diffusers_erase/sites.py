@@ -259,13 +259,14 @@ def check_fusable(reader: nn.Module, spaces: Iterable[str] = (TEXT,), paths: Ite
 
 
 def _check_in_memory(reader: nn.Module) -> None:
-    """Raise where diffusers keeps weights in files between calls: those in memory are not read again, and not even right."""
+    """Raise where diffusers keeps weights in files between calls: what lies in memory is not read again, and not even right."""
     for path, module in unwrapped(reader).named_modules():
         hooks = getattr(module, "_diffusers_hook", None)
         group = hooks and hooks.get_hook("group_offloading")
         if getattr(getattr(group, "group", None), "offload_to_disk_path", None) is not None:
             raise EraseError(
-                f"the weights of {path or 'the model'} are offloaded to disk, where an erasure cannot be written: keep it as a map"
+                f"the weights of {path or 'the model'} are offloaded to disk, and can neither be read nor changed: keep an erasure as a "
+                f"map, and name the target of a new one"
             )
 
 
@@ -312,8 +313,9 @@ def original_weights(reader: nn.Module) -> dict[str, Tensor]:
     """Every weight of `reader` as it is without erasures and without LoRAs, by its name in a plain state dict.
 
     Raises:
-        EraseError: a LoRA is fused into it.
+        EraseError: a LoRA is fused into it, or its weights lie on a disk.
     """
+    _check_in_memory(reader)
     module = unwrapped(reader)
     if merged := [path for path, part in module.named_modules() if getattr(part, "merged", False)]:
         raise EraseError(
@@ -333,10 +335,8 @@ def twin(unet: nn.Module) -> nn.Module:
     """A UNet with modules of its own over the same tensors, without LoRAs, erasures, hooks: what is put on it does not reach `unet`.
 
     Raises:
-        EraseError: no UNet that makes pictures from noise alone, or weights that are quantised or not in memory.
+        EraseError: no UNet that makes pictures from noise and text alone, or weights that are quantised or not in memory.
     """
-    from accelerate import init_empty_weights
-
     module: Any = unwrapped(unet)
     if family_of(unet).denoiser != "unet" or module.config.in_channels != module.config.out_channels:
         raise EraseError(
@@ -355,8 +355,13 @@ def twin(unet: nn.Module) -> nn.Module:
                 f"{name} holds {type(weight).__name__} {weight.dtype} on {weight.device}: training and target search need plain floating "
                 f"weights in memory; load the model unquantised, or erase in closed form with the target named"
             )
-    with init_empty_weights():
+    with torch.device("meta"):  # of this thread only; accelerate's `init_empty_weights` would reach into all of them
         copy = type(module).from_config(module.config)
+    if beside := sorted(copy.state_dict().keys() ^ weights.keys()):
+        raise EraseError(
+            f"{type(module).__name__} holds more than noise and text ask for ({beside[0]}, as of an IP-Adapter or a motion model), so it "
+            f"is neither trained nor searched for targets: use the plain text-to-image pipeline, or a closed form with its target named"
+        )
     copy.load_state_dict(weights, assign=True)
     return copy.requires_grad_(False).eval()
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from . import packs, vocabulary
-from .edits import Pack, same_name
+from .edits import Pack, check_residual, names_of, same_name
 from .errors import EraseError
 from .guess import FirstGuess
 from .outlook import Surroundings
-from .sites import sites, text_readers
+from .sites import original_weights, sites, text_readers
 from .text import Encoder, PackRecipe, roles_of
 
 BARE = ("{}",)
@@ -36,7 +36,7 @@ ALIAS = 0.5
 """A name that is more related than this to the concept is taken for another of its names: what it loses is no damage."""
 
 NEAREST, SHORTLIST, AMONG, WORST = 3000, 8, 32, 10
-"""How many of a vocabulary are compared, and how many at least in context; how many names' damage counts; how many of these are told."""
+"""How many of a vocabulary are compared, and how many at a time in context; how many names' damage counts; how many of these are told."""
 
 LOOKED = 32
 """How many names `coreferences="auto"` asks the denoiser about."""
@@ -62,7 +62,8 @@ class Target:
     relatedness: float
     """1 − the target's distance to the concept in all keys and values, as a share of the way to the empty prompt."""
     synonym: float = math.nan
-    """The same in what the denoiser makes of pure noise: 1 is the same picture. NaN where it was not asked."""
+    """The same in what the denoiser makes of pure noise, of the concept's names the largest: 1 is the same picture. NaN where it was
+    not asked."""
 
     def __str__(self) -> str:
         worst = ", ".join(f"{name} {damage:.1%}" for name, damage in self.hurt[:3])
@@ -71,7 +72,9 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetRanking(Sequence[Target]):
-    """Targets for one concept, best first: those with the least collateral. And why others were refused.
+    """Targets for one concept, best first, and why others were refused.
+
+    Sorted by collateral: by bare names first, then eight at a time in context. So a longer ranking begins as a shorter one.
 
     Example:
         >>> ranking = search_targets(pipe, "Van Gogh", ["a painter", "Monet", "Rembrandt"])
@@ -84,6 +87,8 @@ class TargetRanking(Sequence[Target]):
     """(name, reason)."""
     null: Target
     """The empty prompt, for comparison."""
+    coreferences: tuple[str, ...]
+    """Other names of the concept, erased with it."""
     preserve: tuple[str, ...]
     """Names that are preserved whatever the target is."""
     shield: bool
@@ -93,7 +98,8 @@ class TargetRanking(Sequence[Target]):
     def options(self) -> dict[str, Any]:
         """What to give to `erase` for the best target."""
         best = self.targets[0].names
-        return {"target": best, "preserve": tuple(dict.fromkeys((*self.preserve, *(best if self.shield else ()))))}
+        kept = dict.fromkeys((*self.preserve, *(best if self.shield else ())))
+        return {"target": best, "preserve": tuple(kept), "coreferences": self.coreferences}
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -112,10 +118,10 @@ def search_targets(
     candidates: str | Path | Iterable[str] = "everyday",
     *,
     k: int = 8,
-    coreferences: Sequence[str] = (),
+    coreferences: str | Sequence[str] = (),
     preserve: str | Sequence[str] = (),
-    erased: Sequence[str] = (),
-    among: Sequence[str] | None = None,
+    erased: str | Sequence[str] = (),
+    among: str | Sequence[str] | None = None,
     mixture: int = 1,
     shield: bool = False,
     synonym_max: float = SYNONYM_MAX,
@@ -132,18 +138,19 @@ def search_targets(
         candidates: names, or where they come from: "everyday", the words of the base pack's prompts; "neighbours" or all of the
             tokenizer's "words"; WordNet's folder (`vocabulary.candidates`).
         k: length of a ranking.
-        coreferences: other names of the concept; none of them is a target.
+        coreferences: other names of the concept, erased with it; "auto" as in `erase`. None of them is a target.
         preserve: names that are preserved; "auto" for those that the edit would hurt most, found anew until the target repeats.
         erased: other concepts that are erased too: neither they, nor what their erasures move, are targets.
         among: names whose damage counts; None takes those that an edit of the concept moves most.
         mixture: up to this many names, 5 at most, are blended into one target, for styles; 1 looks at single names.
         shield: whether the target is preserved too, as AGE does; costs a row for each token role.
         synonym_max: candidates with a larger synonym score are refused.
-        residual, tokens, templates, pack: as in `erase`. What is predicted is the method `ridge`.
+        residual, tokens, templates, pack: as in `erase`. What is predicted is the method `ridge` with its own options, on its
+            text states: of inner tokens (`name`) and of SDXL's pooled state nothing is told.
         on_words: called with (done, total) while many names are encoded; what is encoded is cached, a killed run goes on.
 
     Raises:
-        EraseError: there is nothing to choose from; the message says why candidates were refused.
+        EraseError: a name or number that makes no sense, or nothing to choose from; the message says why candidates were refused.
 
     Example:
         >>> search_targets(pipe, "Van Gogh", ["a painter", "Monet", "a photo"])[0].names
@@ -151,18 +158,24 @@ def search_targets(
     """
     if not 1 <= mixture <= 5:
         raise EraseError(f"mixture is the most names in one target, 1 to 5: got {mixture}")
+    if not isinstance(k, int) or k < 1:
+        raise EraseError(f"k is the length of the ranking, a whole number of at least 1: got {k!r}")
     recipe = packs.recipe_of(pipe, pack)
-    (search,) = _searches(
-        Encoder(pipe), recipe, (concept,), coreferences, erased, tokens=tokens,
-        templates=recipe.templates if templates is None else tuple(templates),
+    kept = "auto" if preserve == "auto" else names_of(preserve)
+    found = _searches(
+        Encoder(pipe), recipe, (concept,), () if coreferences == "auto" else names_of(coreferences), names_of(erased),
+        tokens=tokens, templates=recipe.templates if templates is None else tuple(templates),
         residual=residual, shield=shield, synonym_max=synonym_max, on_words=on_words,
     )  # fmt: skip
-    return search.ranking(candidates, among, preserve, k, mixture)
+    if coreferences == "auto":
+        found = _with_coreferences(found, candidates, () if kept == "auto" else kept)
+    return found[0].ranking(candidates, None if among is None else names_of(among), kept, k, mixture)
 
 
 class Plan(NamedTuple):
     """What is decided of one concept before anything is solved."""
 
+    concept: str
     target: tuple[str, ...]
     preserve: tuple[str, ...]
     coreferences: tuple[str, ...]
@@ -184,28 +197,49 @@ def choose(
     Args:
         reading: tokens, templates and residual, as `erase` has decided them.
     """
-    named = () if coreferences == "auto" else tuple(coreferences)
     if None not in targets and "auto" not in (preserve, coreferences):
-        return [Plan(target, tuple(preserve), named) for target in targets if target is not None]
-    searches = _searches(encoder, recipe, concepts, named, (), **reading)
-    if coreferences == "auto":
-        source = candidates if isinstance(candidates, (str, Path)) else "everyday"
-        others = [search.drawn_alike(source) for search in searches]
-        everyone = [name for names in others for name in names]
-        searches = [
-            replace(search, own=search.own + own, erased=(*search.erased, *(n for n in everyone if n not in own)))
-            for search, own in zip(searches, others, strict=True)
+        given = zip(concepts, targets, strict=True)
+        return [
+            Plan(name, target, tuple(preserve), tuple(coreferences)) for name, target in given if target is not None
         ]
+    source = "everyday" if candidates is None else candidates
+    searches = _searches(encoder, recipe, concepts, () if coreferences == "auto" else coreferences, (), **reading)
+    if coreferences == "auto":
+        told = [name for target in targets for name in target or ()]
+        searches = _with_coreferences(searches, source, (*told, *(() if preserve == "auto" else preserve)))
     plans = []
     for search, target in zip(searches, targets, strict=True):
         if target is None:
-            best = search.ranking(candidates or "everyday", None, preserve, 1, 1).options
-            plans.append(Plan(best["target"], best["preserve"], search.own[1:]))
+            best = search.ranking(source, None, preserve, 1, 1).options
+            plans.append(Plan(search.own[0], **best))
         else:
             search.check(preserve)
-            kept = search.hurt_most(target) if preserve == "auto" else tuple(preserve)
-            plans.append(Plan(target, kept, search.own[1:]))
+            kept = search.hurt_most(target, search.counting(source)) if preserve == "auto" else tuple(preserve)
+            plans.append(Plan(search.own[0], target, kept, search.own[1:]))
     return plans
+
+
+def _with_coreferences(
+    searches: Sequence["Search"], source: str | Path | Iterable[str], besides: Sequence[str]
+) -> list["Search"]:
+    """Each search with the names that its concept is drawn alike, and with those of the others among what is erased too.
+
+    Args:
+        source: where to look, if it says where from; else among everyday words.
+        besides: names that are spoken for: targets, and what is preserved.
+    """
+    source = source if isinstance(source, (str, Path)) else "everyday"
+    scores = [search.drawn_alike(source, besides) for search in searches]
+    best = {name: max(each.get(name, 0.0) for each in scores) for each in scores for name in each}
+    owner = {name: next(i for i, each in enumerate(scores) if each.get(name) == top) for name, top in best.items()}
+    return [
+        replace(
+            search,
+            own=search.own + tuple(name for name in scores[i] if owner[name] == i),
+            erased=search.erased + tuple(name for name in owner if owner[name] != i),
+        )
+        for i, search in enumerate(searches)
+    ]
 
 
 def _searches(
@@ -233,7 +267,8 @@ def _searches(
 def readout(pipe: Any) -> Tensor:
     """M = Σ WᵀW/‖W‖² over every key and value that reads text `[d, d]`, float64: e M eᵀ is what a change e does to all layers."""
     denoiser = next(iter(text_readers(pipe).values()))
-    layers = [linear.weight for path, linear in sites(denoiser).items() if not path.endswith("to_kv")]  # a copy
+    weights = original_weights(denoiser)
+    layers = [weights[f"{path}.weight"] for path in sites(denoiser) if not path.endswith("to_kv")]  # a copy
     if hidden := [weight for weight in layers if weight.is_meta or not weight.is_floating_point()]:
         raise EraseError(
             f"target search reads the key and value weights, which are {hidden[0].dtype} on {hidden[0].device} here: search on "
@@ -279,42 +314,55 @@ class Search:
     ) -> TargetRanking:
         """The ranking; see `search_targets`."""
         self.check(preserve, among)
-        names, refused = self._allowed(
-            vocabulary.candidates(self.encoder, self.own[0], source, self.prompts, self.templates)
-        )
-        if names:
-            names, among = self._ordered(names, among)
+        names, refused = self._candidates(source)
+        if not names:
+            raise self._none_left(dict(refused))
+        names, among = self._ordered(names, among)
         kept: tuple[str, ...] = () if preserve == "auto" else tuple(preserve)
         seen = set()
         while True:
-            found = self._ranked(names, list(among or ()), kept, k, most, refused)
+            found = self._ranked(names, among, kept, k, most, dict(refused))
             best = found.targets[0].names
             if preserve != "auto" or best in seen:
                 return found
             seen.add(best)
             kept = self.hurt_most(best, among)
 
-    def drawn_alike(self, source: str | Path) -> tuple[str, ...]:
-        """Other names of the concept: those that the denoiser answers alike, among the `LOOKED` whose text states lie nearest."""
+    def drawn_alike(self, source: str | Path, besides: Sequence[str] = ()) -> dict[str, float]:
+        """Other names of the concept and their synonym scores: those that the denoiser answers alike, among the `LOOKED` whose text
+        states lie nearest; none of `besides` and of what is erased too."""
         self.check(())
         found = vocabulary.candidates(self.encoder, self.own[0], source, self.prompts, self.templates)
-        names = [name for name in found if same_name(name) != same_name(self.own[0])]
+        taken = {same_name(name) for name in (*self.own, *self.erased, *besides)}
+        names = [name for name in found if same_name(name) not in taken]
         T = vocabulary.table(self.encoder, names, self.roles, BARE, self.on_words)
         nearest = self._around(T[:0], BARE).distance(T).argsort()[:LOOKED].tolist()
         scores = 1 - self.guess.distances(self.own[0], [(names[i],) for i in nearest])
-        return tuple(names[i] for i, score in zip(nearest, scores.tolist(), strict=True) if score > self.synonym_max)
+        alike = {names[i]: score for i, score in zip(nearest, scores.tolist(), strict=True)}
+        return {name: score for name, score in alike.items() if score > self.synonym_max}
 
     def check(self, preserve: str | Sequence[str], among: Sequence[str] | None = None) -> None:
-        """Raise unless the names can be read, and none is to be erased and preserved."""
-        named = () if preserve == "auto" else preserve
+        """Raise unless the names can be read, and none is to be erased and something else too."""
+        check_residual(self.residual)
+        kept = () if preserve == "auto" else preserve
         if among is not None and not among:
             raise EraseError("among is empty: name those whose damage counts, or leave it out for the most related")
-        if isinstance(named, str):
-            raise EraseError(f"preserve is a list of names, or 'auto': got {preserve!r}")
-        for name in (*self.own, *self.erased, *named):
+        for name in (*self.own, *self.erased, *kept, *(among or ())):
             self.encoder.check_name(name)
-        if both := [name for name in named if same_name(name) in map(same_name, self.own)]:
+        own = {same_name(name) for name in self.own}
+        if both := [name for name in kept if same_name(name) in own]:
             raise EraseError(f"{both[0]!r} is to be erased and preserved: take it out of one of the two lists")
+        if both := [name for name in among or () if same_name(name) in own]:
+            raise EraseError(f"{both[0]!r} is to be erased, so what it loses is no damage: take it out of among")
+        if both := [name for name in self.erased if same_name(name) in own]:
+            raise EraseError(f"{both[0]!r} is the concept itself: take it out of what is erased too")
+
+    def counting(self, source: str | Path | Iterable[str]) -> list[str]:
+        """Names whose damage counts: of the candidates and the tokenizer's nearest words those that an edit of the concept moves most."""
+        return self._ordered(self._candidates(source)[0], None)[1]
+
+    def _candidates(self, source: str | Path | Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+        return self._allowed(vocabulary.candidates(self.encoder, self.own[0], source, self.prompts, self.templates))
 
     def _allowed(self, names: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         """Candidates that their wording does not rule out, and the others with the reason."""
@@ -340,6 +388,10 @@ class Search:
         if among is None:
             following = view.following(T).where(related <= ALIAS, -1.0)
             among = [pool[i] for i in following.argsort(descending=True)[:AMONG].tolist() if following[i] >= 0]
+            if not among:
+                raise EraseError(
+                    f"no name is near {self.own[0]!r} and another: name those whose damage counts (among)"
+                )
         if len(names) <= SHORTLIST:
             return names, list(among)
         place = {name: i for i, name in enumerate(pool)}
@@ -355,28 +407,34 @@ class Search:
         preserve: tuple[str, ...],
         k: int,
         most: int,
-        refused: list[tuple[str, str]],
+        reasons: dict[str, str],
     ) -> TargetRanking:
         """Candidates as `erase` would read them, the best first."""
-        reasons = dict(refused)
-        view = self._around(self._rows(among or self.own[:1]), self.templates, preserve)
-        ranked = self._accepted(view, names, among, k if most == 1 else max(k, 2 * most + 2), reasons)
+        pool = 2 * most + 2  # what blends are made of
+        view = self._around(self._rows(among), self.templates, preserve)
+        ranked = self._accepted(view, names, among, k if most == 1 else max(k, pool), reasons)
         if not ranked:
-            told = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:3]) or "none was given"
-            raise EraseError(f"no candidate is left for {self.own[0]!r} ({told}): give other candidates")
+            raise self._none_left(reasons)
         if most > 1:
-            ranked = sorted([*ranked, *self._blends(view, ranked, among, most)], key=_collateral)
+            blends = self._blends(view, ranked[:pool], among, most)
+            ranked = sorted([*ranked[:pool], *blends], key=_collateral) + ranked[pool:]
         null = _judged(replace(view, shield=False), [()], view.empty[None, None], among)[0]
         null = replace(null, synonym=0.0)
-        return TargetRanking(self.own[0], tuple(ranked[:k]), tuple(reasons.items()), null, preserve, self.shield)
+        return TargetRanking(
+            self.own[0], tuple(ranked[:k]), tuple(reasons.items()), null, self.own[1:], preserve, self.shield
+        )
+
+    def _none_left(self, reasons: dict[str, str]) -> EraseError:
+        told = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:3]) or "none was given"
+        return EraseError(f"no candidate is left for {self.own[0]!r} ({told}): give other candidates")
 
     def _accepted(
         self, view: Surroundings, names: list[str], among: list[str], k: int, reasons: dict[str, str]
     ) -> list[Target]:
         """The `k` best of `names`, which come in order, and why better ones are none: no more are looked at than it takes."""
-        ranked, size = [], max(k, SHORTLIST)
-        for start in range(0, len(names), size):
-            some = names[start : start + size]
+        ranked = []
+        for start in range(0, len(names), SHORTLIST):
+            some = names[start : start + SHORTLIST]
             T = self._rows(some)
             chains = dict(zip(some, self._chains(T), strict=True))
             for target in sorted(_judged(view, [(n,) for n in some], T[:, None], among), key=_collateral):
@@ -386,18 +444,18 @@ class Search:
                 else:
                     ranked.append(target)
                 if len(ranked) == k:
-                    return sorted(ranked, key=_collateral)
-        return sorted(ranked, key=_collateral)
+                    return ranked
+        return ranked
 
     def _looked_at(self, target: Target) -> Target:
         """The target with its synonym score, unless it is none anyway."""
         if math.isnan(target.collateral):
             return target
-        return replace(target, synonym=1 - float(self.guess.distances(self.own[0], [target.names])))
+        return replace(target, synonym=max(1 - float(self.guess.distances(name, [target.names])) for name in self.own))
 
     def _blends(self, view: Surroundings, ranked: Sequence[Target], among: list[str], most: int) -> list[Target]:
-        """Means of 2 to `most` of the best single names, each grown by the name that costs least."""
-        pool = [target.names[0] for target in ranked[: 2 * most + 2]]
+        """Means of 2 to `most` of these single names, each grown by the name that costs least."""
+        pool = [target.names[0] for target in ranked]
         grown, mixture = [], (pool[0],)
         for _ in range(min(most, len(pool)) - 1):
             options = [(*mixture, name) for name in pool if name not in mixture]
@@ -410,15 +468,16 @@ class Search:
     def _reason(self, target: Target) -> str | None:
         """Why this is no target, whatever it would hurt."""
         if math.isnan(target.collateral):
-            return "no strength erases the concept while it is preserved"
+            return f"no strength erases the concept{' while it is preserved' if self.shield else ''}"
         if target.synonym > self.synonym_max:
             return f"a synonym (score {target.synonym:.2f}): the model draws nearly the concept"
         return None
 
-    def hurt_most(self, target: tuple[str, ...], among: Sequence[str] | None = None) -> tuple[str, ...]:
-        """The names that the edit to `target` would hurt most if none were preserved: those above the mean, `KEPT` at most."""
-        among = self._ordered([], None)[1] if among is None else among
+    def hurt_most(self, target: tuple[str, ...], among: Sequence[str]) -> tuple[str, ...]:
+        """Of `among` the names that the edit to `target` would hurt most if none were preserved: those above the mean, `KEPT` at most."""
         others = [name for name in among if name not in target]
+        if not others:
+            return ()
         view = self._around(self._rows(others), self.templates)
         if target:
             found = view.outlook(self._rows(target)[None])
@@ -438,14 +497,11 @@ class Search:
         return found
 
     def _around(self, names: Tensor, templates: Sequence[str], preserve: Sequence[str] = ()) -> Surroundings:
-        own = (
-            vocabulary.table(self.encoder, self.own[:1], self.roles, BARE)
-            if templates == BARE
-            else self._rows(self.own[:1])
-        )
+        own = vocabulary.table(self.encoder, self.own, self.roles, BARE) if templates == BARE else self._rows(self.own)
         null = self.encoder.null_rows(self.roles)
         return Surroundings(
             concept=own[0],
+            others=own[1:],
             names=names,
             empty=torch.stack([null[role] for role in self.roles]),
             inverse=self._inverse,

@@ -37,6 +37,8 @@ class Task:
     gate: Gate | None
     pack: Callable[[], Pack]
     """The base pack, made when first asked for: a method that brings its own never pays for it."""
+    erased: tuple[str, ...] = ()
+    """Names that are erased at the same time: no targets."""
     space: str = TEXT
     """Which kind of text state this is about; a method is run once for each that the pipeline has."""
 

@@ -290,7 +290,7 @@ class Encoder:
 
         Row 0 is never used: CLIP's empty prompt has its "last subject token" there, the start token, an outlier.
         """
-        states = self.encode([""])
+        states = self._empty
         empty = states.rows[0].double()
         places = {"eot": empty[1], "pads": empty[2:].mean(0)}
         if states.pooled is not None:
@@ -393,17 +393,29 @@ class Encoder:
         """This text side as it is now."""
         return TextSide(self.fingerprint(), tuple(len(tokenizer) for tokenizer in self.tokenizers))
 
+    @torch.no_grad()
     def states_digest(self) -> str:
-        """Exact digest of this encoder's answers in this dtype on this machine: good as a cache key, not as an identity."""
+        """Exact digest of this encoder's answers in this dtype on this machine: good as a cache key, not as an identity.
+
+        Of each token's input embedding, too: one that textual inversion has changed need not be in the probe prompts.
+        """
         states = self._probed
-        digest = hashlib.sha256(states.rows.numpy().tobytes())
-        if states.pooled is not None:
-            digest.update(states.pooled.numpy().tobytes())
-        return digest.hexdigest()
+        seen = [states.rows] if states.pooled is None else [states.rows, states.pooled]
+        for encoder in (getattr(self.pipe, name, None) for _, name in self.family.encoders):
+            table = None if encoder is None else encoder.get_input_embeddings().weight
+            if (
+                table is not None and not table.is_meta
+            ):  # without a refiner's first encoder, and what is offloaded layer by layer
+                seen.append(table.detach().float().sum(1).cpu())
+        return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in seen)).hexdigest()
 
     @cached_property
     def _probed(self) -> States:
         return self.encode(PROBES)
+
+    @cached_property
+    def _empty(self) -> States:
+        return self.encode([""])
 
     def _ids(self, prompts: Sequence[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts)

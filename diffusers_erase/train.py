@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .edits import same_name
+from .edits import names_of
 from .errors import EraseError
 from .factors import Factors, Pair, probe
 from .sites import POOLED, TEXT, latent_shape, matrix, text_arguments, text_layers, text_readers, twin
 from .task import METHODS, Method, Task
 from .text import States
+from .vocabulary import contains
 
 LAYERS = {"attn2": ("to_q", "to_k", "to_v", "to_out.0"), "kv": ("to_k", "to_v")}
 """Linear layers of each cross-attention that a choice of `layers` trains."""
@@ -208,14 +209,22 @@ class Lesson:
         return states[draw.integers(len(states)), draw.context].to(self.device)
 
     def candidates(self, given: str | Sequence[str], count: int) -> tuple[str, ...]:
-        """`given` names, checked; of `"neighbours"` the `count` words nearest to the concept that do not name it."""
-        encoder, own = self.task.encoder, (self.task.concept, *self.task.coreferences)
+        """`given` names, checked; of `"neighbours"` the `count` words nearest to the concept that name nothing that is erased."""
+        encoder, erased = self.task.encoder, (self.task.concept, *self.task.coreferences, *self.task.erased)
+        if not isinstance(count, int) or count < 2:
+            raise EraseError(
+                f"count is how many neighbours are candidates, a whole number of at least 2: got {count!r}"
+            )
         if given == "neighbours":
-            given = encoder.nearest_words(self.task.concept, encoder.words_beside(own), count)
-        names = tuple(dict.fromkeys([given] if isinstance(given, str) else given))
+            given = encoder.nearest_words(self.task.concept, encoder.words_beside(erased), count)
+        elif isinstance(given, (str, Path)):
+            raise EraseError(
+                f"candidates of a method that trains are a list of names, or 'neighbours': got {str(given)!r}"
+            )
+        names = names_of(given)
         for name in names:
             encoder.check_name(name)
-            if same_name(name) in map(same_name, own):
+            if any(contains(name, part) for part in erased):
                 raise EraseError(f"{name!r} is to be erased: take it out of the candidates")
         if len(names) < 2:
             raise EraseError(f"a search needs at least two candidates: got {', '.join(names) or 'none'}")
@@ -300,7 +309,9 @@ class Lesson:
             EraseError: a loss that is not finite, or a checkpoint of another run.
         """
         players = tuple(replace(player, parameters=player.parameters or self.lora) for player in players)
-        rates = [player.rate or self.training.rate for player in players]
+        rates = [self.training.rate if player.rate is None else player.rate for player in players]
+        if not all(0 < rate < math.inf for rate in rates):
+            raise EraseError(f"learning rates are positive: got {', '.join(map(str, rates))}")
         sides = [
             self.accelerator.prepare(torch.optim.Adam(player.parameters, lr=rate))
             for player, rate in zip(players, rates, strict=True)
@@ -418,8 +429,10 @@ class Choice:
     """
 
     def __init__(self, lesson: Lesson, names: Sequence[str], temperature: float, hard: bool, top: int = 5):
-        if not 0 < temperature < math.inf or top < 1:
-            raise EraseError(f"temperature is positive and top at least 1: got {temperature} and {top}")
+        if not 0 < temperature < math.inf or not isinstance(top, int) or top < 1:
+            raise EraseError(
+                f"temperature is positive and top a whole number of at least 1: got {temperature} and {top}"
+            )
         self.names, self.temperature, self.hard, self.top = tuple(names), temperature, hard, min(top, len(names))
         self.states = lesson.prompts(names)
         self.logits = nn.Parameter(torch.full((len(names),), 1 / len(names), device=lesson.device))

@@ -35,9 +35,6 @@ PARTICLES = frozenset(
 )
 """Words that name nothing."""
 
-ENDINGS = (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x"), ("uses", "us"), ("s", ""))
-"""Plurals and what they are plurals of, the first that fits. Irregular ones (mice) are left to the model's own judgement."""
-
 
 def candidates(
     encoder: Encoder,
@@ -67,10 +64,9 @@ def candidates(
         raise EraseError(
             f"candidates are a list of names, 'everyday', 'words', 'neighbours', or the Path of WordNet's database: got {source!r}"
         )
-    named = dict.fromkeys(name.strip() for name in found)
-    for name in named:
+    for name in found:
         encoder.check_name(name)
-    return list(named)
+    return list(dict.fromkeys(name.strip() for name in found))
 
 
 def _words_of(prompts: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -113,18 +109,23 @@ def _synset(data: str, offset: int) -> tuple[list[str], list[int], list[int]]:
 
 def contains(name: str, part: str) -> bool:
     """Whether `name` holds `part`, or its plural, as whole words: "cat food" and "Cats" hold "cat", "catfish" does not."""
-    words, wanted = _singulars(name), _singulars(part)
-    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+    words, wanted = ([_forms(word) for word in re.findall(r"\w+", same_name(text))] for text in (name, part))
+    if not wanted:  # a name of signs only, such as "++"
+        return same_name(name) == same_name(part)
+    places = range(len(words) - len(wanted) + 1)
+    return any(all(a & b for a, b in zip(words[i:], wanted, strict=False)) for i in places)
 
 
-def _singulars(name: str) -> list[str]:
-    return [_singular(word) for word in re.findall(r"\w+", same_name(name))]
-
-
-def _singular(word: str) -> str:
-    if word.endswith(("ss", "us", "is")):
-        return word
-    return next((word.removesuffix(end) + one for end, one in ENDINGS if len(word) > 3 and word.endswith(end)), word)
+def _forms(word: str) -> set[str]:
+    """The word, and what it may be the regular plural of. Irregular ones (mice) are left to the model's own judgement."""
+    found = {word}
+    if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
+        found.add(word[:-1])
+        if word.endswith("ies"):
+            found.add(word[:-3] + "y")
+        elif word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
+            found.add(word[:-2])
+    return found
 
 
 def table(

@@ -9,14 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_erase import EraseError, erase
+from diffusers_erase import EraseError, erase, get_active_erasures, load_erasure
 from diffusers_erase.bench.judges import by_function
 from diffusers_erase.bench.suites import Settings
 from diffusers_erase.graph import ConceptGraph, capability, concept_graph, moved
+from diffusers_erase.status import registry_of
 from diffusers_erase.targets import readout, search_targets
 from diffusers_erase.text import Encoder
 from tests.cases import PACK
-from tests.conftest import make_pipe
+from tests.conftest import bits, make_pipe, same_bits
 
 NAMES, GROUPS = ("cat", "dog", "boat", "ship"), ("animal", "animal", "vessel", "vessel")
 TOLD = {"pack": PACK, "templates": ["{}"]}
@@ -112,9 +113,11 @@ def test_pictures_measure_it(still, tmp_path):
         seen.append((name, len(before), len(after)))
         return moved(name, before, after)
 
+    weights = bits(still.unet)
     told = {"contexts": ["a {}", "{}"], "settings": Settings(1, 1.0, 16, 16), "folder": tmp_path}
     graph = concept_graph(still, NAMES[:2], measure=measure, **told, **TOLD)
     assert seen == [("cat", 2, 2), ("dog", 2, 2)] * 2
+    assert registry_of({"unet": still.unet}) is None and same_bits(still.unet, weights)
     damage = np.array(graph.measured)
     assert (damage > 0).all() and np.array_equal(damage, graph.damage)
     drawn = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
@@ -142,9 +145,20 @@ def test_capability_is_what_the_judge_sees_no_more():
         (["cat"], {}, "at least two names, each once: got cat"),
         (["cat", "cat"], {}, "at least two names, each once"),
         (["cat", "dog"], {"groups": ["a"]}, "groups has one for each name: got 1 for 2 names"),
+        (["cat", "dog"], {"method": "esd"}, "predicts what closed forms without a gate do: got 'esd', gate None"),
+        (["cat", "dog"], {"gate": 0.7}, "predicts what closed forms without a gate do: got 'ridge', gate 0.7"),
     ],
 )
 def test_what_is_no_graph(still, names, more, message):
     with pytest.raises(EraseError, match=message):
         concept_graph(still, names, **more, **TOLD)
     assert torch.is_grad_enabled()
+
+
+def test_what_the_user_has_loaded_is_not_taken_away(tokenizer, tmp_path):
+    pipe = make_pipe(tokenizer)
+    load_erasure(pipe, erase(pipe, "tree", target="boat", pack=PACK), "mine")
+    with pytest.raises(EraseError, match=r"measured on the model alone: call unload_erasure\(\) first"):
+        concept_graph(pipe, NAMES[:2], measure=moved, folder=tmp_path, **TOLD)
+    assert get_active_erasures(pipe) == ["mine"]
+    assert concept_graph(pipe, NAMES[:2], **TOLD).measured is None  # a prediction does not mind

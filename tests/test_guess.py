@@ -1,11 +1,14 @@
 """The denoiser's answer to pure noise: what it is compared with, whose weights answer, and who cannot be asked."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
 from diffusers_erase import EraseError, erase, load_erasure
 from diffusers_erase.guess import NOISES, FirstGuess
-from diffusers_erase.sites import latent_shape
+from diffusers_erase.sites import latent_shape, twin
 from diffusers_erase.text import Encoder
 from tests.cases import PACK
 from tests.conftest import bits, make_pipe, make_unet, same_bits
@@ -70,3 +73,41 @@ def test_a_denoiser_that_does_not_draw_from_noise_alone_is_not_asked(tokenizer):
     ):
         guess(pipe).distances("cat", NAMES)
     assert erase(pipe, "cat", target="dog", pack=PACK).concepts == ("cat",)  # the way out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_no_answer(tokenizer, value):
+    """A comparison with NaN would let every synonym pass."""
+    pipe = make_pipe(tokenizer)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(value)
+    for ask in (lambda: guess(pipe).distances("cat", NAMES), lambda: erase(pipe, "cat", pack=PACK)):
+        with pytest.raises(EraseError, match="the denoiser answers 'cat' as the empty prompt, or not by numbers"):
+            ask()
+
+
+def test_a_denoiser_that_does_not_hear_the_name_is_not_asked(tokenizer):
+    pipe = make_pipe(tokenizer)
+    with torch.no_grad():
+        for path, weight in pipe.unet.named_parameters():
+            if "attn2.to_v" in path:
+                weight.zero_()
+    with pytest.raises(EraseError, match="the denoiser answers 'cat' as the empty prompt"):
+        guess(pipe).distances("cat", NAMES)
+
+
+def test_times_of_another_kind_are_not_guessed(tokenizer):
+    pipe = make_pipe(tokenizer)
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(EraseError, match="last of DDPM's times, which a EDMEulerScheduler does not count"):
+        guess(pipe).distances("cat", NAMES)
+
+
+def test_threads_that_search_do_not_reach_into_other_threads(sd1):
+    """Modules that others build meanwhile have weights."""
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(twin, sd1.unet) for _ in range(12)]
+        while not all(each.done() for each in found):
+            assert not torch.nn.Linear(2, 2).weight.is_meta
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+    assert same_bits(found[0].result(), bits(sd1.unet))

@@ -105,6 +105,7 @@ def scene(still):
     null, pack = encoder.null_rows(ROLES), packs.pack_on(encoder, PACK)
     view = Surroundings(
         concept=rows["cat"],
+        others=rows["cat"][None][:0],
         names=torch.stack([rows["dog"], rows["boat"]]),
         empty=torch.stack([null[role] for role in ROLES]),
         inverse=inverse(pack),

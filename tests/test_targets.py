@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_erase import EraseError, erase, search_targets, vocabulary
+from diffusers_erase import EraseError, erase, fuse_erasure, load_erasure, search_targets, unload_erasure, vocabulary
 from diffusers_erase.targets import choose, readout
 from diffusers_erase.text import Encoder
 from tests.cases import PACK
@@ -47,16 +47,28 @@ def test_a_search_changes_nothing_and_repeats(still):
 
 def test_the_ranking_is_ordered_and_explains_itself(still):
     ranking = search(still, k=5)
-    assert len(ranking) == 5 and list(ranking) == sorted(ranking, key=lambda target: target.collateral)
+    assert len(ranking) == 5
+    few = search(still, candidates=WORDS[:8])
+    assert len(few) > 1 and list(few) == sorted(few, key=lambda target: target.collateral)
     assert all(target.synonym <= 0.4 and target.relatedness < 1 for target in ranking)
     for target in (*ranking, ranking.null):
         assert [d for _, d in target.hurt] == sorted((d for _, d in target.hurt), reverse=True)
         assert len(target.hurt) == 10 and target.hurt[0][0] in str(target)
     assert ranking.null.names == () and "the empty prompt" in str(ranking.null)
     assert ranking[0].names[0] in str(ranking[0])
-    assert ranking.options == {"target": ranking[0].names, "preserve": ()}
+    assert ranking.options == {"target": ranking[0].names, "preserve": (), "coreferences": ()}
     shielded = search(still, shield=True)
     assert shielded.options["preserve"] == shielded[0].names
+
+
+@pytest.mark.parametrize("mixture", [1, 2])
+def test_a_longer_ranking_begins_as_a_shorter_one(still, mixture):
+    """And as what `erase` chooses, also where the best by bare names are refused."""
+    for concept in ("cat", "tree"):
+        longest = search(still, concept, k=100, mixture=mixture, synonym_max=0.2)
+        assert longest.refused and len(longest) > 8
+        for k in (1, 3, 12):
+            assert list(search(still, concept, k=k, mixture=mixture, synonym_max=0.2)) == list(longest[:k])
 
 
 def test_of_a_few_candidates_the_damage_of_others_counts(still):
@@ -75,10 +87,10 @@ def test_a_family_with_two_encoders(sdxl):
     assert set(adapter.edits) == {"text", "pooled"} and adapter.recipes[0].targets == ranking[0].names
 
 
-@pytest.mark.parametrize("shield", [True, False])
-def test_what_is_told_is_true_of_the_adapter_that_erase_makes(still, shield):
+@pytest.mark.parametrize(("shield", "own"), [(True, ()), (False, ()), (False, ["wolf", "snoopy"])])
+def test_what_is_told_is_true_of_the_adapter_that_erase_makes(still, shield, own):
     """From the ranking to the adapter: the same damage, up to the adapter's float32."""
-    ranking = search(still, among=["dog", "boat"], shield=shield)
+    ranking = search(still, among=["dog", "boat"], shield=shield, coreferences=own)
     adapter = erase(still, "cat", pack=PACK, templates=CONTEXTS, **ranking.options)
     assert bool(adapter.edit.preserved) == shield
     A, D, M = adapter.edit.detectors(), adapter.edit.offsets.double(), readout(still)
@@ -113,6 +125,23 @@ def test_who_is_no_target_by_its_wording(still, concept, candidate, more, reason
         assert (candidate,) in names(search(still, concept, [candidate, "dog"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [(n, n + "s") for n in ("house", "movie", "pie", "axe", "zombie", "horse", "cat")]
+    + [("tomato", "tomatoes"), ("lens", "lenses"), ("fox", "foxes"), ("berry", "berries"), ("dress", "dresses")]
+    + [("old red fox", "foxes"), ("🐱", "🐱")],
+)
+def test_regular_plurals_are_the_same_word(name, part):
+    assert vocabulary.contains(name, part) and vocabulary.contains(part, name.split()[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("dog", "🐱"), ("princess", "prince"), ("catfish", "cat"), ("fox", "red fox")]
+)
+def test_other_words_are_not(name, part):
+    assert not vocabulary.contains(name, part)
+
+
 @pytest.mark.parametrize("candidate", ["catfish", "gogh", "hot dog"])
 def test_letters_and_parts_of_a_name_are_not_the_name(still, candidate):
     """ "catfish" is no cat; "gogh" alone is not "van gogh": whether it is a synonym, the text states decide."""
@@ -131,7 +160,7 @@ def test_a_synonym_is_refused_without_a_lexicon(tokenizer, few):
 
 
 def test_what_is_drawn_alike_is_erased_too(tokenizer):
-    """And is no target, of its own concept or of another that is erased together with it."""
+    """And is no target, of its own concept or of another that is erased together with it; what is spoken for stays what it is."""
     told = {"pack": PACK, "templates": CONTEXTS, "residual": 0.3, "coreferences": "auto"}
     pipe = twins(tokenizer, "cat", "dog")
     assert "dog" in erase(pipe, "cat", target="null", **told).recipes[0].coreferences
@@ -142,6 +171,28 @@ def test_what_is_drawn_alike_is_erased_too(tokenizer):
     plans = choose(Encoder(pipe), PACK, ("cat", "boat"), [None, None], (), WORDS, "auto", **reading)
     named = {name for plan in plans for name in plan.coreferences}
     assert "dog" in named and not named & {name for plan in plans for name in plan.target}
+    ranking = search(pipe, coreferences="auto", residual=0.3)
+    assert "dog" in ranking.coreferences and ranking.options["coreferences"] == ranking.coreferences
+    for spoken_for in ({"preserve": ["dog"]}, {"target": "dog"}):
+        assert "dog" not in erase(pipe, "cat", **told | {"target": "null"} | spoken_for).recipes[0].coreferences
+    both = erase(pipe, ["cat", "dog"], **told | {"target": "null"}).recipes
+    assert not [recipe for recipe in both if {"cat", "dog"} & set(recipe.coreferences)]
+
+
+def test_what_is_drawn_like_two_concepts_is_erased_with_one(tokenizer):
+    pipe = twins(tokenizer, "cat", "dog")
+    table, (cat, boat) = (
+        pipe.text_encoder.get_input_embeddings().weight,
+        (tokenizer(n)["input_ids"][1] for n in ("cat", "boat")),
+    )
+    with torch.no_grad():
+        table[boat] = 1.02 * table[cat]
+    told = {"pack": PACK, "templates": CONTEXTS, "residual": 0.3, "coreferences": "auto", "target": "null"}
+    assert all(
+        "dog" in erase(pipe, name, preserve=other, **told).recipes[0].coreferences
+        for name, other in [("cat", "boat"), ("boat", "cat")]
+    )
+    assert sum("dog" in recipe.coreferences for recipe in erase(pipe, ["cat", "boat"], **told).recipes) == 1
 
 
 def test_a_name_that_another_erasure_moves_is_a_chain(tokenizer):
@@ -173,8 +224,16 @@ def test_nothing_left_to_choose_from(still):
             "candidates are a list of names, 'everyday', 'words', 'neighbours', or the Path of WordNet's database: got 'dog'",
         ),
         ({"preserve": ["Cat"]}, "'Cat' is to be erased and preserved"),
-        ({"preserve": "dog"}, "preserve is a list of names, or 'auto': got 'dog'"),
+        ({"preserve": ["auto"]}, "'auto' is no name and stands alone"),
+        ({"preserve": 7}, "a name is a text such as 'Van Gogh', names are a list of texts: got 7"),
+        ({"coreferences": ["wolf", "auto"]}, "'auto' is no name and stands alone"),
+        ({"erased": "Cat"}, "'Cat' is the concept itself: take it out of what is erased too"),
         ({"among": []}, "among is empty"),
+        ({"among": ["dog", ""]}, "an empty name was given"),
+        ({"among": ["dog", "CAT"]}, "'CAT' is to be erased, so what it loses is no damage"),
+        ({"residual": 1.5}, "residual is the share of the concept that is left.*got 1.5"),
+        ({"k": 0}, "k is the length of the ranking, a whole number of at least 1: got 0"),
+        ({"candidates": [7]}, "an empty name was given"),
         ({"mixture": 6}, "mixture is the most names in one target, 1 to 5: got 6"),
         ({"templates": ["a cat"]}, "a template holds the name once"),
     ],
@@ -182,6 +241,29 @@ def test_nothing_left_to_choose_from(still):
 def test_what_cannot_be_searched(still, more, message):
     with pytest.raises(EraseError, match=message):
         search(still, **more)
+
+
+@pytest.mark.parametrize("argument", ["coreferences", "erased", "among", "preserve"])
+def test_a_text_is_one_name(still, argument):
+    assert search(still, **{argument: "wolf"}) == search(still, **{argument: ["wolf"]}) != search(still)
+
+
+def test_when_nobody_else_is_left_nobody_is_preserved(still):
+    ranking = search(still, candidates=["dog"], among=["dog"], preserve="auto")
+    assert ranking.preserve == () and names(ranking) == [("dog",)]
+
+
+def test_what_is_fused_does_not_change_the_search(tokenizer):
+    pipe = make_pipe(tokenizer)
+    alone = search(pipe)
+    load_erasure(pipe, erase(pipe, "boat", target="dog", pack=PACK))
+    assert search(pipe) == alone
+    fuse_erasure(pipe)
+    assert search(pipe) == alone
+    unload_erasure(pipe)
+    with torch.no_grad():  # the control: other weights hurt otherwise
+        pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight[:2].mul_(5)
+    assert search(pipe) != alone
 
 
 def test_what_is_preserved_is_hurt_less(still):
@@ -195,7 +277,6 @@ def test_what_is_preserved_is_hurt_less(still):
 def test_preserve_auto_keeps_who_would_be_hurt_most_until_the_target_repeats(still):
     ranking = search(still, preserve="auto", k=100)
     assert 0 < len(ranking.preserve) <= 4 and not {"cat", *ranking[0].names} & set(ranking.preserve)
-    # It is a fixed point: what this target would hurt most is what is preserved.
     same = search(still, preserve=ranking.preserve, k=100)
     costs = [{target.names: target.collateral for target in each} for each in (ranking, same)]
     assert costs[1] == pytest.approx(costs[0], rel=1e-4)  # rows were read in other batches
@@ -259,6 +340,19 @@ def test_candidates_from_wordnet_are_what_it_is_a_kind_of_and_the_other_kinds(st
         search(still, "robot", candidates=tmp_path)
     with pytest.raises(EraseError, match="has no index.noun and data.noun"):
         search(still, candidates=tmp_path / "elsewhere")
+
+
+def test_a_word_that_is_learned_anew_is_read_anew(tokenizer, tmp_path, monkeypatch):
+    """Textual inversion changes one embedding, of which no probe prompt tells."""
+    monkeypatch.setenv("DIFFUSERS_ERASE_CACHE", str(tmp_path))
+    pipe, many = make_pipe(tokenizer), [*WORDS, *(f"{a} {b}" for a in WORDS for b in WORDS)][:600]
+    told = {"roles": ("subject",), "templates": ("{}",)}
+    before = vocabulary.table(Encoder(pipe), many, **told)
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight[tokenizer("wolf")["input_ids"][1]].mul_(-1)
+    after = vocabulary.table(Encoder(pipe), many, **told)
+    wolf, tree = many.index("wolf"), many.index("tree")
+    assert not torch.equal(after[wolf], before[wolf]) and torch.equal(after[tree], before[tree])
 
 
 def test_a_long_list_is_cached_and_a_killed_run_goes_on(still, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,6 +294,13 @@ def test_candidates_by_default_are_near_and_do_not_name_the_concept(sd1):
     one = lesson(sd1, "cat")
     found = one.candidates("neighbours", 5)
     assert len(found) == 5 and "cat" not in found and set(found) <= set(Encoder(sd1).words())
+    one.task = replace(one.task, erased=("dog", found[0]))
+    assert not {"dog", found[0]} & set(one.candidates("neighbours", 5))
+
+
+def test_of_several_concepts_none_is_sent_to_another(sd1):
+    both = short(sd1, "age", concept=["cat", "dog"], count=40, updates=1)
+    assert not {"cat", "dog"} & {name for recipe in both.recipes for name in recipe.options["candidates"]}
 
 
 def test_training_lowers_the_loss(sd1):
@@ -425,7 +434,14 @@ REFUSED = {
     "precision": {"precision": "int8"},
     "'age' finds its target itself": {"method": "age", "target": "dog"},
     "'cat' is to be erased": {"method": "age", "candidates": ("dog", "cat")},
-    "at least two candidates: got dog": {"method": "ap", "candidates": "dog"},
+    "'old cats' is to be erased": {"method": "age", "candidates": ("dog", "old cats")},
+    "count is how many neighbours": {"method": "age", "count": -1},
+    "top a whole number of at least 1": {"method": "age", "candidates": NAMES, "top": 1.5},
+    "learning rates are positive: got 0.001, 0": {"method": "age", "candidates": NAMES, "choice_rate": 0},
+    "a list of names, or 'neighbours': got 'everyday'": {"method": "age", "candidates": "everyday"},
+    "a list of names, or 'neighbours': got 'wordnet'": {"method": "age", "candidates": Path("wordnet")},
+    "'cat' would be sent to 'dog', which is erased too": {"concept": ["cat", "dog"], "target": ["dog", "boat"]},
+    "at least two candidates: got dog": {"method": "ap", "candidates": ["dog"]},
     "temperature is positive": {"method": "age", "candidates": NAMES, "temperature": 0.0},
 }
 

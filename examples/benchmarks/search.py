@@ -33,7 +33,7 @@ def scene(candidates: int) -> tuple[Surroundings, Pack, Tensor]:
     pack = Pack("random", "random", 0.005, WIDTH, background.mT @ background / 5000, random(3))
     rows = random(1 + AMONG, ROLES)
     view = Surroundings(
-        concept=rows[0], names=rows[1:], empty=random(ROLES), inverse=pack.pull(torch.eye(WIDTH, dtype=torch.float64)),
+        concept=rows[0], others=rows[:0], names=rows[1:], empty=random(ROLES), inverse=pack.pull(torch.eye(WIDTH, dtype=torch.float64)),
         metric=readers.mT @ readers / 2000, residual=0.02, preserved=rows[:0],
     )  # fmt: skip
     return view, pack, random(candidates, 1, ROLES)
