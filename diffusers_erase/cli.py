@@ -85,6 +85,13 @@ Coreference = Annotated[
     list[str] | None,
     typer.Option(help="Another name of the concept; repeat for more. 'auto': those that the model draws alike."),
 ]
+Contexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        help="A context with one {} in which the name is read, for a style such as 'a painting in the style of {}'; repeat for more.",
+    ),
+]
 Gate = Annotated[
     float | None, typer.Option(help="Let resemblance below this threshold through (map form only), such as 0.7.")
 ]
@@ -107,6 +114,7 @@ def erase(
     method: Annotated[str, typer.Option(help="How: see `diffusers-erase methods`.")] = "ridge",
     residual: Residual = None,
     tokens: Tokens = None,
+    template: Contexts = None,
     gate: Gate = None,
     pack: Annotated[Path | None, typer.Option(help="Base pack: a JSON file with name and prompts.")] = None,
     option: Annotated[
@@ -122,7 +130,7 @@ def erase(
     adapter = erase_concepts(
         pipe, concepts if len(concepts) > 1 else concepts[0], target=goal[0] if len(goal) == 1 else goal,
         preserve=_listed(preserve), candidates=_candidates(candidate), coreferences=_listed(coreference), method=method,
-        residual=residual, tokens=tokens, gate=gate, pack=pack, **_options(option or []),
+        residual=residual, tokens=tokens, templates=template, gate=gate, pack=pack, **_options(option or []),
     )  # fmt: skip
     _print_adapter(adapter)
     out.print(f"saved: {adapter.save_pretrained(folder, model=pipe)}")
@@ -136,6 +144,7 @@ def targets(
     preserve: Preserve = None,
     coreference: Coreference = None,
     erased: Annotated[list[str] | None, typer.Option(help="Another concept that is erased too.")] = None,
+    template: Contexts = None,
     mixture: Annotated[int, typer.Option(min=1, max=5, help="Blend up to so many names, for styles.")] = 1,
     k: Annotated[int, typer.Option("-k", min=1, help="How many to list.")] = 8,
     pack: Annotated[Path | None, typer.Option(help="Base pack: a JSON file with name and prompts.")] = None,
@@ -145,7 +154,7 @@ def targets(
     with out.status("reading names") as reading:
         ranking = search_targets(
             pipe, concept, _candidates(candidate) or "everyday", k=k, coreferences=_listed(coreference), preserve=_listed(preserve),
-            erased=erased or (), mixture=mixture, pack=pack,
+            erased=erased or (), templates=template, mixture=mixture, pack=pack,
             on_words=lambda done, total: reading.update(f"reading names: {done:,} of {total:,}"),
         )  # fmt: skip
     table = Table("target", "collateral", "hurts most", "synonym", "related", box=None, pad_edge=False)
@@ -262,7 +271,9 @@ def import_(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="UCE's or ESD's weights, or a LoRA (safetensors).")],
     concepts: Annotated[list[str], typer.Argument(metavar="CONCEPT...", help="What the file erases, in words.")],
     folder: Out,
-    preserve: Preserve = None,
+    preserve: Annotated[
+        list[str] | None, typer.Option(help="A name that the file was told to preserve; repeat for more.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of each layer's factors; else the tolerance decides.")] = None,
     tolerance: Annotated[float, typer.Option(help="Share of each layer's change that factors may lose.")] = 0.05,
     multiplier: Annotated[float, typer.Option(help="Of a LoRA: 1, or what its tool erases with.")] = 1.0,

@@ -33,7 +33,7 @@ class Label(NamedTuple):
     concept: str
     """The concept that the row belongs to; of a preserved row, the preserved name."""
     name: str
-    """The name whose text state is the key: the concept's own or a co-reference."""
+    """The name whose text state is the key: the concept's own or a coreference."""
     role: str
     """Token role: `subject`, `eot`, `pads`, or `name:i` for the i-th token of a name."""
     targets: tuple[str, ...] | None

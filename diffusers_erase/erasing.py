@@ -42,7 +42,7 @@ def erase(
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; its tokenizers, text encoders and UNet configuration are read, and where
             something is searched (`"auto"`) or trained, the UNet's weights.
-        concept: what to erase, in words; several are composed: `erase(pipe, [a, b])` is `compose(erase(pipe, a), erase(pipe, b))`.
+        concept: what to erase, in words; several are composed, and none is sent to another.
         target: where to send it: `"auto"` the best that `search_targets` finds, `"null"` (or `""`) the empty prompt, a name, or
             several names for their mean. With several concepts, one target for all, or a list with one for each. By default
             `"auto"`; methods of papers send to the empty prompt, `"age"` finds its target itself.

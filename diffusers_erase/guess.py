@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import EraseError
-from .sites import POOLED, TEXT, latent_shape, text_arguments, text_readers, twin
+from .sites import POOLED, TEXT, latent_shape, text_arguments, text_readers, working_copy
 from .text import Encoder
 
 NOISES = 2
@@ -88,7 +88,7 @@ class FirstGuess:
     @cached_property
     def _unet(self) -> Any:
         pipe = self.encoder.pipe
-        unet: Any = twin(next(iter(text_readers(pipe).values()))).to(
+        unet: Any = working_copy(next(iter(text_readers(pipe).values()))).to(
             pipe._execution_device
         )  # where offloaded weights work, too
         like = next(unet.parameters())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import hub, solve
 from .adapter import ErasureAdapter, Recipe
-from .edits import Edit, Label, Pack
+from .edits import Edit, Label, Pack, names_of
 from .errors import EraseError, MismatchError
 from .factors import Factors, Pair, probe, truncated
 from .mapping import effect
@@ -72,7 +72,7 @@ def import_erasure(
         >>> load_erasure(pipe, adapter)
     """
     names = [concept] if isinstance(concept, str) else list(concept)
-    kept = [preserve] if isinstance(preserve, str) else list(preserve)
+    kept = list(names_of([preserve] if isinstance(preserve, str) else preserve))
     if not 0 < tolerance < 1 or (rank is not None and rank < 1) or not math.isfinite(multiplier) or multiplier == 0:
         raise EraseError(
             f"tolerance lies between 0 and 1, rank is at least 1 and multiplier is not 0: got {tolerance}, {rank}, {multiplier}"

@@ -83,7 +83,7 @@ def effect(encoder: Encoder, edits: Mapping[str, Edit], concept: str) -> float:
 
 
 def _own(edit: Edit, concept: str) -> Edit:
-    """Rows whose key is the concept's own name, not a co-reference."""
+    """Rows whose key is the concept's own name, not a coreference."""
     return edit.take(i for i, label in enumerate(edit.labels) if label.name == concept)
 
 

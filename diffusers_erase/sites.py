@@ -331,7 +331,7 @@ def original_weights(reader: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def twin(unet: nn.Module) -> nn.Module:
+def working_copy(unet: nn.Module) -> nn.Module:
     """A UNet with modules of its own over the same tensors, without LoRAs, erasures, hooks: what is put on it does not reach `unet`.
 
     Raises:

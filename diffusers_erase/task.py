@@ -43,7 +43,7 @@ class Task:
     """Which kind of text state this is about; a method is run once for each that the pipeline has."""
 
     def rows(self, tokens: str, templates: Sequence[str]) -> tuple[list[Label], Tensor, Tensor]:
-        """Labels, keys and offsets `[k, d]` (float64) of the concept and its co-references, one mean row per name and role."""
+        """Labels, keys and offsets `[k, d]` (float64) of the concept and its coreferences, one mean row per name and role."""
         labels, keys, offsets = [], [], []
         for name in (self.concept, *self.coreferences):
             roles = roles_of(tokens, self.encoder.length(name), self.space)

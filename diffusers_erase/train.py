@@ -1,7 +1,7 @@
 """One training loop for the methods that learn: a LoRA on cross-attention, without pictures, against the frozen model.
 
-What is trained is a twin of the pipeline's UNet, its own modules over the same tensors, so the pipe stays as it was. Latents
-are sampled by the model as it is at that moment; the frozen model's answers are the twin's with its LoRA switched off. All that
+What is trained is a working copy of the pipeline's UNet, its own modules over the same tensors, so the pipe stays as it was. Latents
+are sampled by the model as it is at that moment; the frozen model's answers are its own with its LoRA switched off. All that
 is random follows from (seed, update, player, item): a run that was interrupted, or divided into parts and over processes,
 draws the same.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .edits import names_of
 from .errors import EraseError
 from .factors import Factors, Pair, probe
-from .sites import POOLED, TEXT, latent_shape, matrix, text_arguments, text_layers, text_readers, twin
+from .sites import POOLED, TEXT, latent_shape, matrix, text_arguments, text_layers, text_readers, working_copy
 from .task import METHODS, Method, Task
 from .text import States
 from .vocabulary import contains
@@ -174,7 +174,7 @@ class Lesson:
         reader = next(iter(text_readers(pipe).values()))
         self.accelerator = _accelerator(training)
         self.device = self.accelerator.device
-        self.unet: Any = twin(reader)
+        self.unet: Any = working_copy(reader)
         self.paths = sorted(text_layers(self.unet, LAYERS[training.layers]))
         self.base = tuple(probe(matrix(self.unet.get_submodule(path).weight)) for path in self.paths)
         self.lora = _lora(self.unet, self.paths, training)

@@ -1,6 +1,6 @@
 """Closed-form erasure on Stable Diffusion 1.4, for whoever has the weights: erase, save, draw before and after, unload.
 
-    python examples/reproduce_sd14.py --model PATH/stable-diffusion-v1-4 --concept "Van Gogh" --kind style --target art --method uce
+    python examples/reproduce_sd14.py --model PATH/stable-diffusion-v1-4 --concept "Van Gogh" --kind style --target Monet
     python examples/reproduce_sd14.py --model ... --concept church --target temple --preserve-file keep.txt
     python examples/reproduce_sd14.py --dry-run    # the same code on the embedded model; also without --model
 
@@ -30,10 +30,12 @@ def parse():
     parser.add_argument("--dry-run", action="store_true", help="run on the embedded model emoji-sd")
     parser.add_argument("--concept", default="Van Gogh")
     parser.add_argument("--kind", choices=PROMPTS, default="style")
-    parser.add_argument("--target", default="null", help="a name, or null for the empty prompt")
+    parser.add_argument(
+        "--target", help="a name, 'null' for the empty prompt, 'auto' for a search; by default what the method does"
+    )
     parser.add_argument("--preserve", nargs="*", default=[])
     parser.add_argument("--preserve-file", type=Path, help="more names to preserve, one a line")
-    parser.add_argument("--method", choices=["ridge", "uce"], default="uce")
+    parser.add_argument("--method", choices=["ridge", "uce"], default="ridge")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=7.5)
@@ -49,7 +51,8 @@ def load(arguments):
 
         pipe = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None)
         return pipe.to(arguments.device), [p.format(arguments.concept) for p in PROMPTS[arguments.kind]], OTHERS
-    arguments.concept, arguments.target, arguments.preserve, arguments.preserve_file = "cat", "dog", ["fox"], None
+    arguments.concept, arguments.kind, arguments.target = "cat", "object", "dog"
+    arguments.preserve, arguments.preserve_file = ["fox"], None
     arguments.steps, arguments.guidance, arguments.seeds = world.STEPS, world.GUIDANCE, 2
     kept = [world.prompt(name, world.STYLES[0]) for name in ("fox", "umbrella")]
     return world.load(), [world.prompt("cat", style) for style in world.STYLES[:2]], kept
@@ -83,6 +86,7 @@ adapter = erase(
     target=arguments.target,
     preserve=[n for n in preserve if n.strip()],
     method=arguments.method,
+    templates=PROMPTS["style"] if arguments.kind == "style" and arguments.method == "ridge" else None,
 )
 adapter.save_pretrained(arguments.out / "adapter")
 

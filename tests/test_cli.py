@@ -73,13 +73,17 @@ def test_targets_ranks_and_says_why_others_are_refused(model):
     assert "collateral" in lines[0] and ranked and set(ranked) <= {"castle", "street", "house"}
     assert "refused: cats: it contains the concept" in lines and "refused: tree: it is erased too" in lines
     assert "no candidate is left for 'cat'" in refused("targets", model, "cat", "--candidate", "cats")
+    assert "a template holds the name once" in refused("targets", model, "cat", *told, "--template", "a cat")
+    run("targets", model, "cat", "--coreference", "auto", *told)  # not a name of its own
 
 
 def test_erase_searches_its_target(model, tmp_path):
     names = ("castle", "street", "house")
     told = [argument for name in names for argument in ("--candidate", name)]
+    told += ["--template", "a painting of a {}", "--template", "{}"]
     run("erase", model, "cat", "--target", "auto", "--preserve", "auto", *told, "--out", str(tmp_path / "auto"))
     recipe = ErasureAdapter.from_pretrained(tmp_path / "auto").recipes[0]
+    assert recipe.templates == ("a painting of a {}", "{}")
     assert recipe.targets in {(name,) for name in names} and len(recipe.preserve) > 1
 
 

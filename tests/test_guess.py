@@ -8,7 +8,7 @@ from diffusers import EDMEulerScheduler
 
 from diffusers_erase import EraseError, erase, load_erasure
 from diffusers_erase.guess import NOISES, FirstGuess
-from diffusers_erase.sites import latent_shape, twin
+from diffusers_erase.sites import latent_shape, working_copy
 from diffusers_erase.text import Encoder
 from tests.cases import PACK
 from tests.conftest import bits, make_pipe, make_unet, same_bits
@@ -106,7 +106,7 @@ def test_times_of_another_kind_are_not_guessed(tokenizer):
 def test_threads_that_search_do_not_reach_into_other_threads(sd1):
     """Modules that others build meanwhile have weights."""
     with ThreadPoolExecutor(4) as pool:
-        found = [pool.submit(twin, sd1.unet) for _ in range(12)]
+        found = [pool.submit(working_copy, sd1.unet) for _ in range(12)]
         while not all(each.done() for each in found):
             assert not torch.nn.Linear(2, 2).weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta

@@ -22,7 +22,7 @@ def home(tokenizer):
 
 @pytest.fixture
 def saved(home, tmp_path):
-    """The folder of a saved adapter with preserved rows, co-references and several words."""
+    """The folder of a saved adapter with preserved rows, coreferences and several words."""
     return adapter(home, "ship").save_pretrained(tmp_path / "ship")
 
 

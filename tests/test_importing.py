@@ -80,6 +80,8 @@ def test_uce_comes_back_as_the_rows_that_it_was(pipe, tmp_path, asked):
     found = import_erasure(
         pipe, tmp_path / "uce.safetensors", asked.get("concept", "cat"), preserve=asked.get("preserve", ())
     )
+    with pytest.raises(EraseError, match="'auto' is no name and stands alone"):
+        import_erasure(pipe, tmp_path / "uce.safetensors", asked.get("concept", "cat"), preserve="auto")
     assert same_bits(pipe.unet, bits)  # computes only
     assert found.kind == "rows" and set(found.concepts) == set(made.concepts)
     own, expected = found.edit, made.edit

@@ -179,8 +179,7 @@ def table(work: Path) -> None:
             rows = [e for e in mine if e["method"] == name]
             if not rows:
                 continue
-            sums = [{e["concept"]: (Share(*e[share]),) for e in rows if e[share][1]} for share in shares]
-            cells = [str(clustered(each, Share.estimate)) if each else "–" for each in sums]
+            cells = [paired.told({e["concept"]: Share(*e[share]) for e in rows}) for share in shares]
             change = clustered({e["concept"]: (Mean.of(e["CLIP score"]),) for e in rows}, Mean.estimate)
             cpu, size = (sum(e[key] for e in rows) / len(rows) for key in ("cpu", "bytes"))
             cells += [

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from diffusers_erase import ErasureAdapter, load_erasure, unload_erasure, world
 from diffusers_erase.bench import images
+from diffusers_erase.bench.metrics import Share, clustered
 from diffusers_erase.bench.suites import Prompt, Settings, Suite
 
 
@@ -63,6 +64,17 @@ def count(
             if case.role == role and wanted[i] and before[i][k] == wanted[i]
         ]
     return found
+
+
+def told(concepts: Mapping[str, Share]) -> str:
+    """A share over concepts with its interval by concept; each concept's own share where two are all there is to resample."""
+    known = {name: share for name, share in concepts.items() if share.estimate().n}
+    if not known:
+        return "–"
+    if len(known) > 2:
+        return str(clustered({name: (share,) for name, share in known.items()}, Share.estimate))
+    each = ", ".join(f"{name} {share.estimate().value:.0%}" for name, share in known.items())
+    return f"{each}, n = {sum(share.estimate().n for share in known.values())}"
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -336,12 +336,17 @@ def number(e: Estimate) -> str:
 
 def shares(entries: list[dict[str, Any]]) -> list[str]:
     """Shares of each part's pictures, what the others lost, and what was predicted."""
-    rows = {role: [row for e in entries for row in e["rows"] if row.role == role and row.hit_before] for role in ROLES}
-    cells = [str(Estimate.of_share([row.hit_after for row in rows[role]])) for role in ROLES]
-    others = [row for role in OTHER for row in rows[role]]
+    cells = [share(entries, role) for role in ROLES]
+    others = [row for e in entries for row in e["rows"] if row.role in OTHER and row.hit_before]
     cells += [f"{np.mean([m(row) for row in others]):.4f}" for name, m in MEASURES.items() if name != "lost"]
     told = [value[0] for e in entries for value in e.get("predicted", {}).values()]
     return [*cells, f"{np.mean(told):.1%}" if told else ""]
+
+
+def share(entries: Iterable[dict[str, Any]], role: str) -> str:
+    """Of the pictures of this role that were right before, the share that is still."""
+    seen = {e["concept"]: [row.hit_after for row in e["rows"] if row.role == role and row.hit_before] for e in entries}
+    return paired.told({concept: Share.of(hits) for concept, hits in seen.items()})
 
 
 ROLES = ("concept", "paraphrase", "neighbour", "unrelated")
@@ -437,7 +442,7 @@ def study_table(entries: list[dict[str, Any]], folder: Path) -> None:
     heads = (
         "target",
         "concept left",
-        "others lost",
+        "others kept",
         "moved within groups",
         "between",
         "asymmetry",
@@ -450,19 +455,11 @@ def study_table(entries: list[dict[str, Any]], folder: Path) -> None:
         found = graph_of(mine)
         found.save(folder / f"graph-{kind}")
         told = found.findings()
-        own, others = (
-            [r for e in mine.values() for r in e["rows"] if r.role == role and r.hit_before]
-            for role in ("concept", "unrelated")
-        )
-        left, lost = (
-            Share.of([r.hit_after for r in own]).estimate(),
-            Share.of([not r.hit_after for r in others]).estimate(),
-        )
         fragile = ", ".join(f"{name} {damage:.1%}" for name, damage in told.fragile) or "none"
         pairs = by_concept(pairs_of(list(mine.values()), 0, MEASURES["pixels moved"]), spearman)
         cells = (
-            left,
-            lost,
+            share(mine.values(), "concept"),
+            share(mine.values(), "unrelated"),
             f"{told.within:.2%}",
             f"{told.between:.2%}",
             f"{told.asymmetry:.0%}",
