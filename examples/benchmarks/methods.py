@@ -25,7 +25,7 @@ import torch
 from diffusers_erase import ErasureAdapter, erase, load_erasure, unload_erasure, world
 from diffusers_erase.bench import images
 from diffusers_erase.bench.measures import clip_score
-from diffusers_erase.bench.metrics import Mean, Share, clustered
+from diffusers_erase.bench.metrics import Mean, Share
 
 OBJECTS = ("butterfly", "guitar", "hamburger", "owl", "airplane", "rose", "cat", "banana", "crown", "moon")
 RESULTS = "results.jsonl"
@@ -154,14 +154,23 @@ def probe(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
 
 
 def probe_table(work: Path) -> None:
-    """A Markdown table: what each attack brought back from each method's erasure, pooled over the concepts."""
+    """A Markdown table: what each attack brought back from each method's erasure, by concept, and what came back without it."""
     print(f"\n| method | concepts | {' | '.join(ATTACKS)} |\n{'|---' * (len(ATTACKS) + 2)}|")
     for name in METHODS:
-        files = {kind: sorted(work.glob(f"probes/*/{name}/{kind}.json")) for kind in ATTACKS}
-        told = {kind: [json.loads(file.read_text()) for file in found] for kind, found in files.items()}
-        if all(told.values()):
-            cells = [probes.pooled(results, "came_back") for results in told.values()]
-            print(f"| {name} | {len(files['completion'])} | {' | '.join(cells)} |")
+        cells, concepts = [], set()
+        for kind in ATTACKS:
+            files = sorted(work.glob(f"probes/*/{name}/{kind}.json"))
+            seen = {file.parent.parent.name: json.loads(file.read_text()) for file in files}
+            back, chance = ({c: _share(result[key]) for c, result in seen.items()} for key in ("came_back", "chance"))
+            without = sum(s.hits for s in chance.values()) / max(1, sum(s.n for s in chance.values()))
+            cells.append(f"{paired.told(back)}; {without:.0%}")
+            concepts |= set(seen)
+        if concepts:
+            print(f"| {name} | {len(concepts)} | {' | '.join(cells)} |")
+
+
+def _share(told: dict[str, Any]) -> Share:
+    return Share(round((told["value"] or 0) * told["n"]), told["n"])
 
 
 def table(work: Path) -> None:
@@ -180,13 +189,9 @@ def table(work: Path) -> None:
             if not rows:
                 continue
             cells = [paired.told({e["concept"]: Share(*e[share]) for e in rows}) for share in shares]
-            change = clustered({e["concept"]: (Mean.of(e["CLIP score"]),) for e in rows}, Mean.estimate)
+            cells.append(paired.told({e["concept"]: Mean.of(e["CLIP score"]) for e in rows}, "{:+.2f}"))
             cpu, size = (sum(e[key] for e in rows) / len(rows) for key in ("cpu", "bytes"))
-            cells += [
-                f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}], n = {change.n}",
-                f"{cpu:.1f}",
-                f"{size:,.0f}",
-            ]
+            cells += [f"{cpu:.1f}", f"{size:,.0f}"]
             print(f"| {name} | {' | '.join(cells)} |")
 
 

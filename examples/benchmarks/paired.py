@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from diffusers_erase import ErasureAdapter, load_erasure, unload_erasure, world
 from diffusers_erase.bench import images
-from diffusers_erase.bench.metrics import Share, clustered
+from diffusers_erase.bench.metrics import Mean, Share, clustered
 from diffusers_erase.bench.suites import Prompt, Settings, Suite
 
 
@@ -66,15 +66,18 @@ def count(
     return found
 
 
-def told(concepts: Mapping[str, Share]) -> str:
-    """A share over concepts with its interval by concept; each concept's own share where two are all there is to resample."""
-    known = {name: share for name, share in concepts.items() if share.estimate().n}
+def told(concepts: Mapping[str, Share] | Mapping[str, Mean], form: str = "{:.0%}") -> str:
+    """A number over concepts with its interval by concept; of two, where there is nothing to resample, each one's own."""
+    known = {name: part for name, part in concepts.items() if part.estimate().n}
     if not known:
         return "–"
-    if len(known) > 2:
-        return str(clustered({name: (share,) for name, share in known.items()}, Share.estimate))
-    each = ", ".join(f"{name} {share.estimate().value:.0%}" for name, share in known.items())
-    return f"{each}, n = {sum(share.estimate().n for share in known.values())}"
+    n = sum(part.estimate().n for part in known.values())
+    if len(known) < 3:
+        each = ", ".join(f"{name} {form.format(part.estimate().value)}" for name, part in known.items())
+        return f"{each}, n = {n:,}"
+    whole = clustered({name: (part,) for name, part in known.items()}, lambda part: part.estimate())
+    value, low, high = (form.format(number) for number in (whole.value, whole.low, whole.high))
+    return f"{value} [{low}, {high}], n = {n:,}"
 
 
 def read(file: Path) -> list[dict[str, Any]]:
