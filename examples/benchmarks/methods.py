@@ -154,19 +154,22 @@ def probe(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
 
 
 def probe_table(work: Path) -> None:
-    """A Markdown table: what each attack brought back from each method's erasure, by concept, and what came back without it."""
-    print(f"\n| method | concepts | {' | '.join(ATTACKS)} |\n{'|---' * (len(ATTACKS) + 2)}|")
-    for name in METHODS:
-        cells, concepts = [], set()
+    """A Markdown table: what each attack brought back from each method's erasure, and what came back without it.
+
+    Of the concepts that the attack brings back from the unedited model: of others it says nothing.
+    """
+    found = [name for name in METHODS if any(work.glob(f"probes/*/{name}/*.json"))]
+    if found:
+        print(f"\n| method | {' | '.join(ATTACKS)} |\n{'|---' * (len(ATTACKS) + 1)}|")
+    for name in found:
+        cells = []
         for kind in ATTACKS:
-            files = sorted(work.glob(f"probes/*/{name}/{kind}.json"))
-            seen = {file.parent.parent.name: json.loads(file.read_text()) for file in files}
-            back, chance = ({c: _share(result[key]) for c, result in seen.items()} for key in ("came_back", "chance"))
-            without = sum(s.hits for s in chance.values()) / max(1, sum(s.n for s in chance.values()))
-            cells.append(f"{paired.told(back)}; {without:.0%}")
-            concepts |= set(seen)
-        if concepts:
-            print(f"| {name} | {len(concepts)} | {' | '.join(cells)} |")
+            told = {f.parent.parent.name: json.loads(f.read_text()) for f in work.glob(f"probes/*/{name}/{kind}.json")}
+            works = [concept for concept in sorted(told) if told[concept]["control"]["value"]]
+            back, chance = ({c: _share(told[c][key]) for c in works} for key in ("came_back", "chance"))
+            without = Share.merged(list(chance.values())).estimate()
+            cells.append(f"{paired.told(back)}" + (f" (by chance {without.value:.0%})" if works else ""))
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def _share(told: dict[str, Any]) -> Share:
