@@ -154,21 +154,22 @@ def probe(work: Path, concepts: Iterable[str], methods: Iterable[str]) -> None:
 
 
 def probe_table(work: Path) -> None:
-    """A Markdown table: what each attack brought back from each method's erasure, and what came back without it.
-
-    Of the concepts that the attack brings back from the unedited model: of others it says nothing.
-    """
+    """A Markdown table: what each attack brought back from each method's erasure, from the unedited model, and by chance."""
     found = [name for name in METHODS if any(work.glob(f"probes/*/{name}/*.json"))]
     if found:
         print(f"\n| method | {' | '.join(ATTACKS)} |\n{'|---' * (len(ATTACKS) + 1)}|")
     for name in found:
         cells = []
         for kind in ATTACKS:
-            told = {f.parent.parent.name: json.loads(f.read_text()) for f in work.glob(f"probes/*/{name}/{kind}.json")}
-            works = [concept for concept in sorted(told) if told[concept]["control"]["value"]]
-            back, chance = ({c: _share(told[c][key]) for c in works} for key in ("came_back", "chance"))
-            without = Share.merged(list(chance.values())).estimate()
-            cells.append(f"{paired.told(back)}" + (f" (by chance {without.value:.0%})" if works else ""))
+            told = [
+                (f.parent.parent.name, json.loads(f.read_text())) for f in work.glob(f"probes/*/{name}/{kind}.json")
+            ]
+            back, *others = (
+                {concept: _share(result[key]) for concept, result in sorted(told)}
+                for key in ("came_back", "control", "chance")
+            )
+            plain, chance = (Share.merged(list(other.values())).estimate().value for other in others)
+            cells.append(f"{paired.told(back)} ({plain:.0%}, {chance:.0%})")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
