@@ -8,6 +8,7 @@ commutative, associative and idempotent. Taking a concept out is solving without
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,6 +52,27 @@ class Label(NamedTuple):
 def same_name(name: str) -> str:
     """The form in which names are compared: case and runs of white space do not tell concepts apart."""
     return " ".join(name.split()).casefold()
+
+
+def contains(name: str, part: str) -> bool:
+    """Whether `name` holds `part`, or its plural, as whole words: "cat food" and "Cats" hold "cat", "catfish" does not."""
+    words, wanted = ([_forms(word) for word in re.findall(r"\w+", same_name(text))] for text in (name, part))
+    if not wanted:  # a name of signs only, such as "++"
+        return same_name(name) == same_name(part)
+    places = range(len(words) - len(wanted) + 1)
+    return any(all(a & b for a, b in zip(words[i:], wanted, strict=False)) for i in places)
+
+
+def _forms(word: str) -> set[str]:
+    """The word, and what it may be the regular plural of. Irregular ones (mice) are left to the model's own judgement."""
+    found = {word}
+    if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
+        found.add(word[:-1])
+        if word.endswith("ies"):
+            found.add(word[:-3] + "y")
+        elif word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
+            found.add(word[:-2])
+    return found
 
 
 def names_of(given: str | Iterable[str], *, once: bool = True) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import packs, vocabulary
-from .edits import Pack, check_residual, names_of, same_name
+from .edits import Pack, check_residual, contains, names_of, same_name
 from .errors import EraseError
 from .guess import FirstGuess
 from .outlook import Surroundings
@@ -319,14 +319,17 @@ class Search:
             raise self._none_left(dict(refused))
         names, among = self._ordered(names, among)
         kept: tuple[str, ...] = () if preserve == "auto" else tuple(preserve)
-        seen = set()
+        seen: set[tuple[str, ...]] = set()
         while True:
-            found = self._ranked(names, among, kept, k, most, dict(refused))
+            spared = {name: "it is preserved" for name in names if preserve == "auto" and name in kept}
+            left = [name for name in names if name not in spared]
+            found = self._ranked(left, among, kept, k, most, dict(refused) | spared)
             best = found.targets[0].names
             if preserve != "auto" or best in seen:
                 return found
             seen.add(best)
-            kept = self.hurt_most(best, among)
+            sent = {name for target in seen for name in target}  # a target, even one of before, is not preserved
+            kept = self.hurt_most(best, [name for name in among if name not in sent])
 
     def drawn_alike(self, source: str | Path, besides: Sequence[str] = ()) -> dict[str, float]:
         """Other names of the concept and their synonym scores: those that the denoiser answers alike, among the `LOOKED` whose text
@@ -368,9 +371,9 @@ class Search:
         """Candidates that their wording does not rule out, and the others with the reason."""
         left, refused = [], []
         for name in names:
-            if any(vocabulary.contains(name, part) for part in self.own):
+            if any(contains(name, part) for part in self.own):
                 refused.append((name, "it contains the concept"))
-            elif any(vocabulary.contains(name, part) for part in self.erased):
+            elif any(contains(name, part) for part in self.erased):
                 refused.append((name, "it is erased too"))
             else:
                 left.append(name)

@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .edits import names_of
+from .edits import contains, names_of
 from .errors import EraseError
 from .factors import Factors, Pair, probe
 from .sites import POOLED, TEXT, latent_shape, matrix, text_arguments, text_layers, text_readers, working_copy
 from .task import METHODS, Method, Task
 from .text import States
-from .vocabulary import contains
 
 LAYERS = {"attn2": ("to_q", "to_k", "to_v", "to_out.0"), "kv": ("to_k", "to_v")}
 """Linear layers of each cross-attention that a choice of `layers` trains."""
