@@ -402,10 +402,10 @@ class Encoder:
         states = self._probed
         seen = [states.rows] if states.pooled is None else [states.rows, states.pooled]
         for encoder in (getattr(self.pipe, name, None) for _, name in self.family.encoders):
-            table = None if encoder is None else encoder.get_input_embeddings().weight
-            if (
-                table is not None and not table.is_meta
-            ):  # without a refiner's first encoder, and what is offloaded layer by layer
+            table = (
+                None if encoder is None else encoder.get_input_embeddings().weight
+            )  # a refiner has no first encoder
+            if table is not None and not table.is_meta:  # where layers are offloaded one by one, it is not here
                 seen.append(table.detach().float().sum(1).cpu())
         return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in seen)).hexdigest()
 

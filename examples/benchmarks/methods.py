@@ -165,16 +165,12 @@ def probe_table(work: Path) -> None:
                 (f.parent.parent.name, json.loads(f.read_text())) for f in work.glob(f"probes/*/{name}/{kind}.json")
             ]
             back, *others = (
-                {concept: _share(result[key]) for concept, result in sorted(told)}
+                {concept: probes.share_of(result[key]) for concept, result in sorted(told)}
                 for key in ("came_back", "control", "chance")
             )
             plain, chance = (Share.merged(list(other.values())).estimate().value for other in others)
             cells.append(f"{paired.told(back)} ({plain:.0%}, {chance:.0%})")
         print(f"| {name} | {' | '.join(cells)} |")
-
-
-def _share(told: dict[str, Any]) -> Share:
-    return Share(round((told["value"] or 0) * told["n"]), told["n"])
 
 
 def table(work: Path) -> None:

@@ -56,11 +56,14 @@ def measured(
     return told
 
 
+def share_of(told: dict) -> Share:
+    """The counts behind a share in a result's JSON."""
+    return Share(round((told["value"] or 0) * told["n"]), told["n"])
+
+
 def pooled(results: list[dict], share: str) -> str:
     """One share over all objects."""
-    parts = [result[share] for result in results]
-    hits, n = sum(round((e["value"] or 0) * e["n"]) for e in parts), sum(e["n"] for e in parts)
-    return str(Share.of([True] * hits + [False] * (n - hits)).estimate())
+    return str(Share.merged([share_of(result[share]) for result in results]).estimate())
 
 
 def curve(results: list[dict]) -> str:
